@@ -1,0 +1,26 @@
+"""A tiny announcement board between layers that must not import each other: guard announces steps, trace listens.
+
+Events are plain dicts with a ``"kind"``; listeners must not raise and must not keep tensors alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Listener = Callable[[dict[str, Any]], None]
+_listeners: list[Listener] = []
+
+
+def subscribe(listener: Listener) -> Callable[[], None]:
+    """Call ``listener(event)`` for every later event; returns the function that ends it."""
+    _listeners.append(listener)
+    return lambda: _listeners.remove(listener)
+
+
+def announce(kind: str, **fields: Any) -> None:
+    """Tell every listener; costs one truth test when nobody listens."""
+    if _listeners:
+        event = {"kind": kind, **fields}
+        for listener in tuple(_listeners):
+            listener(event)
