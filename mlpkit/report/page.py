@@ -1,0 +1,129 @@
+"""Blocks to one HTML file: Jinja2 template, theme and (only where a page has figures) plotly.js, all inlined."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from mlpkit.errors import ArgumentError
+from mlpkit.report._extras import require
+from mlpkit.report.blocks import Fact, Figure, Section
+
+Tone = Literal["good", "notice", "bad", "neutral"]
+_TONES = ("good", "notice", "bad", "neutral")
+
+
+def render_page(
+    *,
+    kind: str,
+    title: str,
+    lead: str,
+    verdict: Sequence[str] = (),
+    tone: Tone = "neutral",
+    facts: Sequence[Fact] = (),
+    sections: Sequence[Section] = (),
+    data: Mapping[str, Any] | None = None,
+    footer: str = "",
+) -> str:
+    """One complete HTML document that works offline: no request leaves the page.
+
+    kind: small line above the title ("mlpkit tune"). title: the heading. lead: the sentence that stands alone.
+    verdict: plain sentences in the verdict box, the first one large; tone colours the box ("good", "notice", "bad",
+    "neutral"). facts: a few key numbers below it. sections: ``Section(title, blocks, intro)`` with blocks Text, Notes,
+    Code, Table, Figure and Html; each becomes an entry of the page's contents. data: offered as a JSON download.
+    footer: a last line. Everything but ``Html`` is escaped. Plotly.js (4.8 MB) goes in once, and only if there is a figure.
+
+    Usage::
+
+        page = render_page(
+            kind="mlpkit trace", title="train.py", lead="Step 137, backward of fc2: addmm in float16 gave Inf.",
+            verdict=["addmm overflowed.", "The step was skipped.", "24 parameters were saved."], tone="bad",
+            sections=[Section("Chain", [Table(["step", "op"], [[137, "addmm"]])])],
+        )
+        write_page("report.html", page)
+
+    Raises MissingExtraError without jinja2 (or plotly, where there is a figure), ArgumentError for an unknown tone.
+    """
+    if tone not in _TONES:
+        raise ArgumentError(f"render_page: tone is {tone!r}, must be one of {', '.join(_TONES)}")
+    figures = any(isinstance(block, Figure) for section in sections for block in section.blocks)
+    jinja2 = require("jinja2", "an HTML report", "report")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(cell=_cell, numeric=_is_number, script_json=_script_json, plain_json=_plain_json, slug=_slug)
+    page: str = environment.from_string(_resource("template.html")).render(
+        kind=kind,
+        title=title,
+        lead=lead,
+        verdict=list(verdict),
+        tone=tone,
+        facts=list(facts),
+        sections=list(sections),
+        data=data,
+        footer=footer,
+        theme=_resource("theme.css"),
+        script=_resource("page.js"),
+        plotly_js=_plotly_js() if figures else "",
+    )
+    return page
+
+
+def write_page(path: str | os.PathLike[str], page: str) -> Path:
+    """Write ``page`` to ``path`` whole or not at all: a temporary file beside it, then a rename."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(page)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return target
+
+
+def _resource(name: str) -> str:
+    return files("mlpkit.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _plotly_js() -> str:
+    text: str = require("plotly.offline", "a report with figures", "report").get_plotlyjs()
+    return text.replace("</script", "<\\/script")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
+
+def _plain_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=True, allow_nan=False)
+
+
+def _script_json(value: object) -> Any:
+    # Inside <script> only "<" can end the element; the rest is JSON as it is.
+    markup = require("markupsafe", "an HTML report", "report").Markup
+    return markup(_plain_json(value).replace("<", "\\u003c"))
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
