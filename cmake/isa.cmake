@@ -1,0 +1,20 @@
+# CPU kernels, compiled once for each instruction set into a namespace of its own; csrc/cpu/capability.cpp chooses at run time.
+# Value-changing flags stay away; these two only say that nobody reads errno or floating-point exception flags.
+set(MLPKIT_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-maybe-uninitialized)
+set(MLPKIT_ISA_default)
+set(MLPKIT_ISA_avx2 -mavx2 -mfma -mf16c)
+set(MLPKIT_ISA_avx512 ${MLPKIT_ISA_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
+set(MLPKIT_ISAS default)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND MLPKIT_ISAS avx2 avx512)
+endif()
+
+function(mlpkit_add_isa_kernels target)
+  foreach(isa IN LISTS MLPKIT_ISAS)
+    add_library(mlpkit_${isa} OBJECT ${ARGN})
+    target_include_directories(mlpkit_${isa} PRIVATE csrc)
+    target_compile_options(mlpkit_${isa} PRIVATE ${MLPKIT_KERNEL_FLAGS} ${MLPKIT_ISA_${isa}})
+    target_compile_definitions(mlpkit_${isa} PRIVATE MLPKIT_ISA=isa_${isa})
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:mlpkit_${isa}>)
+  endforeach()
+endfunction()

@@ -1,0 +1,123 @@
+// Elementary functions, written once for a float, a double or a SIMD vector of floats (core; host and device).
+// The float versions are plain polynomials without branches or tables, so the same text vectorises and runs on a GPU; each errs by less
+// than 2 ulp of its result (tested against fp64). NaN stays NaN and overflow becomes Inf.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include "core/macros.h"
+
+MLPKIT_BEGIN_ISA
+namespace math {
+
+// The integer type that holds the bits of F, lane by lane. SIMD vector types add their own specialisation.
+template <class F>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+
+// A real constant in the precision of F: full for double, float for everything else.
+template <class F>
+struct Scalar {
+  using type = float;
+};
+template <>
+struct Scalar<double> {
+  using type = double;
+};
+template <class F>
+MLPKIT_HD constexpr typename Scalar<F>::type constant(double value) {
+  return static_cast<typename Scalar<F>::type>(value);
+}
+
+template <class To, class From>
+MLPKIT_HD To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits_as keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class F>
+MLPKIT_HD F absolute(F x) {
+  using I = typename IntOf<F>::type;
+  return bits_as<F>(bits_as<I>(x) & 0x7fffffff);
+}
+
+// exp(x) = 2^n exp(r),  n = round(x / ln 2),  |r| <= ln(2) / 2
+template <class F>
+MLPKIT_HD F exp(F x) {
+  using I = typename IntOf<F>::type;
+  const F high = x > 89.f ? 89.f : x;
+  const F clamped = high < -104.f ? -104.f : high;
+  const F shifted = clamped * 1.44269504f + 12582912.f;
+  const F n = shifted - 12582912.f;
+  const F r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  F q = r * 0.0013814402f + 0.0083688022f;
+  q = q * r + 0.0416684029f;
+  q = q * r + 0.1666651986f;
+  q = q * r + 0.4999999335f;
+  const F p = (q * r) * r + r + 1.f;
+  const I whole = bits_as<I>(shifted) - 0x4b400000;
+  const I half = whole >> 1;
+  const F result = p * bits_as<F>((half + 127) << 23) * bits_as<F>((whole - half + 127) << 23);
+  return x > 89.f ? x * 3.0e38f : (x < -104.f ? 0.f : result);
+}
+MLPKIT_HD double exp(double x) { return ::exp(x); }
+
+// tanh(x) = x + x^3 T(x^2) near 0,  sign(x) (1 - 2 / (exp(2|x|) + 1)) elsewhere
+template <class F>
+MLPKIT_HD F tanh(F x) {
+  const F a = absolute(x);
+  const F t = x * x;
+  F s = t * 0.00223106f - 0.00826708f;
+  s = s * t + 0.02173444f;
+  s = s * t - 0.05395248f;
+  s = s * t + 0.13333248f;
+  s = s * t - 0.33333332f;
+  const F small = (s * t) * x + x;
+  const F large = 1.f - 2.f / (exp(a + a) + 1.f);
+  return a < 0.6f ? small : (x < 0.f ? -large : large);
+}
+MLPKIT_HD double tanh(double x) { return ::tanh(x); }
+
+// sigmoid(x) = 1 / (1 + exp(-x))
+template <class F>
+MLPKIT_HD F sigmoid(F x) {
+  return 1.f / (1.f + exp(-x));
+}
+MLPKIT_HD double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
+
+// Phi(x) = (1 + erf(x / sqrt 2)) / 2 = erfc(-x / sqrt 2) / 2; the tail is exp of a polynomial, so Phi(-6) has no cancellation
+template <class F>
+MLPKIT_HD F normal_cdf(F x) {
+  const F u = x * 0.70710678f;
+  const F t = u * u;
+  F s = t * 7.85385405e-5f - 8.01019141e-4f;
+  s = s * t + 5.18832743e-3f;
+  s = s * t - 2.68538118e-2f;
+  s = s * t + 1.12835851e-1f;
+  s = s * t - 3.76126258e-1f;
+  s = s * t + 1.12837917f;
+  const F center = 0.5f + 0.5f * (u * s);
+  const F a = absolute(u);
+  const F b = a > 10.f ? 10.f : a;
+  F q = b * 2.60200488e-9f - 1.55663424e-7f;
+  q = q * b + 4.14382844e-6f;
+  q = q * b - 6.50766344e-5f;
+  q = q * b + 6.75555803e-4f;
+  q = q * b - 4.93999526e-3f;
+  q = q * b + 2.66167323e-2f;
+  q = q * b - 1.10068473e-1f;
+  q = q * b - 6.32084906e-1f;
+  q = q * b - 1.12998833f;
+  q = q * b + 2.44988290e-4f;
+  const F tail = a > 10.f ? 0.f : 0.5f * exp(q);
+  return a < 1.f ? center : (x < 0.f ? tail : 1.f - tail);
+}
+MLPKIT_HD double normal_cdf(double x) { return 0.5 * ::erfc(x * -0.70710678118654752440); }
+
+}  // namespace math
+MLPKIT_END_ISA

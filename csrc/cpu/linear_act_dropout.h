@@ -1,0 +1,62 @@
+// The element-wise halves of linear_act_dropout on the CPU, one pass each over a region of the (rows, cols) output (cpu).
+// C is the compute type: double where T is double, float otherwise. A region starts at a multiple of 16 in both directions.
+#pragma once
+#include <cstddef>
+
+#include "core/activation.h"
+#include "core/dropout_mask.h"
+#include "core/dtype.h"
+#include "cpu/capability.h"
+
+namespace mlpkit {
+
+struct Region {  // of a (total_rows, total_cols) output
+  int64_t row, rows, col, cols, total_cols;
+};
+
+struct ActDropoutForward {  // y = act(z) * mask * scale,  z = product + bias
+  Region region;
+  Dtype dtype;             // T
+  Activation activation;
+  Dropout dropout;
+  double negative_slope;
+  const void* product;     // [region.rows, region.cols], C, row stride product_stride: x W^T of the region
+  int64_t product_stride;
+  const void* bias;        // [total_cols], C, or nullptr
+  const void* slope;       // [total_cols], C: prelu's; otherwise nullptr
+  void* y;                 // [total_rows, total_cols], T
+  void* z;                 // [total_rows, total_cols], T, or nullptr where backward does not need it
+  uint16_t* keep;          // [row tiles, col tiles, 16 rows]: bit c of a row is set where the element is kept (and, for relu, lives)
+  uint16_t* positive;      // same shape: set where z > 0 (leaky_relu); otherwise nullptr
+};
+
+struct ActDropoutBackward {  // dz = dy * mask * scale * act'(z)
+  Region region;
+  Dtype dtype;
+  Activation activation;
+  Dropout dropout;
+  double negative_slope;
+  const void* dy;          // [total_rows, total_cols], T
+  const void* z;           // as saved by the forward pass
+  const void* slope;       // as given to the forward pass
+  const uint16_t* keep;    // as saved by the forward pass
+  const uint16_t* positive;
+  void* dz;                // [total_rows, total_cols], C
+  void* dbias;             // [total_cols], C: the region's column sums of dz are added, or nullptr
+  void* dslope;            // [total_cols], C: the region's column sums of dy * mask * scale * min(z, 0) are added, or nullptr
+};
+
+struct Convert {  // to = from, count elements; one of the two dtypes is float32
+  Dtype from_dtype, to_dtype;
+  const void* from;
+  void* to;
+  int64_t count;
+};
+
+inline int64_t mask_tiles(int64_t extent) { return (extent + kMaskTile - 1) / kMaskTile; }
+
+}  // namespace mlpkit
+
+MLPKIT_CPU_KERNEL(act_dropout_forward, ActDropoutForward)
+MLPKIT_CPU_KERNEL(act_dropout_backward, ActDropoutBackward)
+MLPKIT_CPU_KERNEL(convert, Convert)

@@ -1,0 +1,205 @@
+// Bias, activation and dropout in one pass forward; slope, mask, gradient, bias gradient in one pass backward (cpu; compiled once for each
+// instruction set).
+#include "cpu/linear_act_dropout.h"
+
+#include "cpu/mask_tile.h"
+#include "cpu/simd.h"
+
+MLPKIT_BEGIN_ISA
+namespace {
+
+constexpr int kTile = kMaskTile;
+constexpr unsigned kAllKept = 0xffffu;
+
+// Calls body(T{}, C{}) with the storage and the compute type of a dtype.
+template <class Body>
+MLPKIT_HD void visit_dtype(Dtype dtype, Body&& body) {
+  switch (dtype) {
+    case Dtype::float64: return body(double{}, double{});
+    case Dtype::float32: return body(float{}, float{});
+    case Dtype::bfloat16: return body(BFloat16{}, float{});
+    case Dtype::float16: return body(Half{}, float{});
+  }
+}
+
+template <class T>
+MLPKIT_HD T* at(void* base, int64_t index) { return static_cast<T*>(base) + index; }
+template <class T>
+MLPKIT_HD const T* at(const void* base, int64_t index) { return static_cast<const T*>(base) + index; }
+
+// Sixteen elements of a row: as many vectors as that takes.
+template <class C>
+struct Row {
+  using V = typename Wide<C>::type;
+  static constexpr int lanes = Wide<C>::lanes, count = kTile / lanes;
+  V v[count];
+
+  // The first n elements from memory, the rest zero, so that ragged edges read nothing that is not theirs.
+  template <class T>
+  MLPKIT_HD void read(const T* from, int n) {
+    if (n == kTile) {
+      for (int i = 0; i < count; ++i) load(from + i * lanes, v[i]);
+    } else {
+      T padded[kTile] = {};
+      __builtin_memcpy(padded, from, n * sizeof(T));
+      for (int i = 0; i < count; ++i) load(padded + i * lanes, v[i]);
+    }
+  }
+  template <class T>
+  MLPKIT_HD void write(T* to, int n) const {
+    if (n == kTile) {
+      for (int i = 0; i < count; ++i) store(to + i * lanes, v[i]);
+    } else {
+      T padded[kTile];
+      for (int i = 0; i < count; ++i) store(padded + i * lanes, v[i]);
+      __builtin_memcpy(to, padded, n * sizeof(T));
+    }
+  }
+  MLPKIT_HD void fill(C value) {
+    for (int i = 0; i < count; ++i) v[i] = V{} + value;
+  }
+};
+
+// Where a tile lies: its number in the mask contract, its column, and how much of it is inside the output.
+struct Tile {
+  int64_t number, row, col;
+  int rows, cols;
+};
+
+template <class Body>
+MLPKIT_HD void each_tile(const Region& region, Body&& body) {
+  const int64_t col_tiles = mask_tiles(region.total_cols);
+  const int64_t end_row = region.row + region.rows, end_col = region.col + region.cols;
+  for (int64_t row = region.row; row < end_row; row += kTile)
+    for (int64_t col = region.col; col < end_col; col += kTile)
+      body(Tile{row / kTile * col_tiles + col / kTile, row, col, static_cast<int>(end_row - row < kTile ? end_row - row : kTile),
+                static_cast<int>(end_col - col < kTile ? end_col - col : kTile)});
+}
+
+template <class A, class T, class C>
+void forward(const ActDropoutForward& args) {
+  using V = typename Wide<C>::type;
+  constexpr int lanes = Wide<C>::lanes;
+  const uint32_t threshold = args.dropout.threshold;
+  const bool draws = threshold > 0 && threshold < 65536;
+  const C scale = static_cast<C>(args.dropout.scale);
+  MaskTile mask;
+  each_tile(args.region, [&](const Tile& tile) __attribute__((always_inline)) {
+    Row<C> bias, slope, product, y, z;
+    bias.fill(0);
+    if (args.bias) bias.read(at<C>(args.bias, tile.col), tile.cols);
+    if (args.slope) slope.read(at<C>(args.slope, tile.col), tile.cols);
+    else slope.fill(static_cast<C>(args.negative_slope));
+    if (draws) mask.fill(args.dropout, tile.number);
+    for (int r = 0; r < tile.rows; ++r) {
+      product.read(at<C>(args.product, (tile.row + r - args.region.row) * args.product_stride + tile.col - args.region.col), tile.cols);
+      const unsigned keep = draws ? mask.keep(r, threshold) : threshold ? 0u : kAllKept;
+      unsigned live = 0, positive = 0;
+      for (int i = 0; i < Row<C>::count; ++i) {
+        z.v[i] = args.bias ? product.v[i] + bias.v[i] : product.v[i];
+        V kept;
+        select_lanes(keep >> (i * lanes), V{} + scale, V{}, kept);
+        y.v[i] = A::value(z.v[i], slope.v[i]);
+        if (threshold) y.v[i] = y.v[i] * kept;
+        if (A::needs == Needs::sign) {
+          live |= (lane_mask(z.v[i] <= 0) ^ ((1u << lanes) - 1)) << (i * lanes);
+          positive |= lane_mask(z.v[i] > 0) << (i * lanes);
+        }
+      }
+      const int64_t element = (tile.row + r) * args.region.total_cols + tile.col;
+      y.write(at<T>(args.y, element), tile.cols);
+      if (args.z) z.write(at<T>(args.z, element), tile.cols);
+      const bool sign_is_slope = args.activation == Activation::relu;
+      if (args.keep) args.keep[tile.number * kTile + r] = static_cast<uint16_t>(sign_is_slope ? keep & live : keep);
+      if (args.positive) args.positive[tile.number * kTile + r] = static_cast<uint16_t>(positive);
+    }
+  });
+}
+
+template <class A, class T, class C>
+void backward(const ActDropoutBackward& args) {
+  using V = typename Wide<C>::type;
+  constexpr int lanes = Wide<C>::lanes;
+  const C scale = static_cast<C>(args.dropout.scale);
+  each_tile(args.region, [&](const Tile& tile) __attribute__((always_inline)) {
+    Row<C> slope, dy, z, dz, dbias, dslope;
+    if (args.slope) slope.read(at<C>(args.slope, tile.col), tile.cols);
+    else slope.fill(static_cast<C>(args.negative_slope));
+    dbias.fill(0);
+    dslope.fill(0);
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t element = (tile.row + r) * args.region.total_cols + tile.col;
+      dy.read(at<T>(args.dy, element), tile.cols);
+      if (A::needs == Needs::preactivation) z.read(at<T>(args.z, element), tile.cols);
+      const unsigned keep = args.keep ? args.keep[tile.number * kTile + r] : kAllKept;
+      const unsigned positive = args.positive ? args.positive[tile.number * kTile + r] : 0;
+      for (int i = 0; i < Row<C>::count; ++i) {
+        V factor;
+        select_lanes(keep >> (i * lanes), V{} + scale, V{}, factor);
+        if (A::needs == Needs::preactivation) {
+          if constexpr (__is_same(A, Prelu)) dslope.v[i] += dy.v[i] * factor * Prelu::slope_by_a(z.v[i]);
+          factor = factor * A::slope(z.v[i], slope.v[i]);
+        } else if (__is_same(A, LeakyRelu)) {
+          V slopes;
+          select_lanes(positive >> (i * lanes), V{} + C(1), slope.v[i], slopes);
+          factor = factor * slopes;
+        }
+        dz.v[i] = dy.v[i] * factor;
+        dbias.v[i] += dz.v[i];
+      }
+      dz.write(at<C>(args.dz, element), tile.cols);
+    }
+    const auto add = [&](void* sums, const Row<C>& part) __attribute__((always_inline)) {
+      if (!sums) return;
+      Row<C> sum;
+      sum.read(at<C>(sums, tile.col), tile.cols);
+      for (int i = 0; i < Row<C>::count; ++i) sum.v[i] += part.v[i];
+      sum.write(at<C>(sums, tile.col), tile.cols);
+    };
+    add(args.dbias, dbias);
+    add(args.dslope, dslope);
+  });
+}
+
+template <class From, class To>
+void convert_elements(const Convert& args) {
+  constexpr int64_t lanes = kLanes;
+  const From* from = static_cast<const From*>(args.from);
+  To* to = static_cast<To*>(args.to);
+  FloatVec v;
+  int64_t i = 0;
+  for (; i + lanes <= args.count; i += lanes) {
+    load(from + i, v);
+    store(to + i, v);
+  }
+  if (i == args.count) return;
+  From last_from[lanes] = {};
+  To last_to[lanes];
+  __builtin_memcpy(last_from, from + i, (args.count - i) * sizeof(From));
+  load(last_from, v);
+  store(last_to, v);
+  __builtin_memcpy(to + i, last_to, (args.count - i) * sizeof(To));
+}
+
+}  // namespace
+
+void act_dropout_forward(const ActDropoutForward& args) {
+  visit_dtype(args.dtype, [&]<class T, class C>(T, C) {
+    visit_activation(args.activation, [&]<class A>(A) { forward<A, T, C>(args); });
+  });
+}
+
+void act_dropout_backward(const ActDropoutBackward& args) {
+  visit_dtype(args.dtype, [&]<class T, class C>(T, C) {
+    visit_activation(args.activation, [&]<class A>(A) { backward<A, T, C>(args); });
+  });
+}
+
+void convert(const Convert& args) {
+  if (args.to_dtype == Dtype::bfloat16) return convert_elements<float, BFloat16>(args);
+  if (args.to_dtype == Dtype::float16) return convert_elements<float, Half>(args);
+  if (args.from_dtype == Dtype::bfloat16) return convert_elements<BFloat16, float>(args);
+  if (args.from_dtype == Dtype::float16) return convert_elements<Half, float>(args);
+}
+
+MLPKIT_END_ISA
