@@ -1,0 +1,217 @@
+"""The rules of the house, checked on the tree itself: layers, names, build flags, symbols, and what an import costs."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE, NATIVE = ROOT / "mlpkit", ROOT / "csrc"
+
+# Imports point down, or stay on one floor.
+FLOORS = [
+    {"errors", "_C", "_events", "_ext", "__init__"},
+    {"ops", "reference"},
+    {"functional"},
+    {"nn", "init"},
+    {"guard", "population", "trace", "report"},
+    {"tune", "bench"},
+    {"cli", "__main__"},
+]
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+NUMERIC = ["ops", "functional", "nn", "init", "guard", "population"]
+
+
+def top(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    """Top-level names of mlpkit that a module imports, wherever in it: ``mlpkit.trace.hooks`` counts as trace."""
+    package = ("mlpkit", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            modules = [f"{module}.{alias.name}" for alias in node.names] if module == "mlpkit" else [module]
+        else:
+            continue
+        yield from (module.split(".")[1] for module in modules if module.startswith("mlpkit."))
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_module_has_a_floor():
+    assert {top(path) for path in MODULES} <= FLOOR.keys(), "give the new module its floor above"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    here = top(path)
+    for name in set(imports_of(path)) & FLOOR.keys():
+        assert FLOOR[name] <= FLOOR[here], f"{here} imports {name}, which lies above it"
+        assert not (name == "trace" and here in NUMERIC), f"{here} is numeric and imports trace"
+
+
+def test_an_upward_import_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "nn").mkdir()
+    module = tmp_path / "nn" / "layers.py"
+    module.write_text(
+        "from mlpkit import tune\nfrom ..cli import main\nimport mlpkit.trace.hooks\nfrom mlpkit.guard import x"
+    )
+    assert set(imports_of(module)) == {"tune", "cli", "trace", "guard"}
+
+
+# Folder of csrc: the folders it may include from, and the foreign headers it may not.
+TORCH = re.compile(r"^(torch|ATen|c10|pybind11)/")
+INCLUDES = {
+    "core": ({"core"}, TORCH),
+    "cpu": ({"cpu", "core"}, re.compile(r"^(torch|c10|pybind11)/|^ATen/(?!cpu/vec/)")),
+    "cuda": ({"cuda", "core"}, TORCH),
+    "ops": ({"ops", "cpu", "cuda", "core"}, None),
+}
+SOURCES = sorted(path for path in NATIVE.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_native_includes_point_down_and_torch_stays_in_ops(path):
+    folder = path.relative_to(NATIVE).parts[0]
+    if folder not in INCLUDES:
+        assert folder.startswith("bindings"), f"csrc/{folder} has no place in the house"
+        return
+    may_include, foreign = INCLUDES[folder]
+    for quote, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)', path.read_text(), re.MULTILINE):
+        if quote == '"' and "/" in name:
+            assert name.split("/")[0] in may_include, f"{path.name} includes {name}"
+        assert not (foreign and foreign.match(name)), f"{path.name} includes {name}: torch's headers stay in csrc/ops"
+
+
+def test_an_op_has_one_name_in_every_layer():
+    ops = [path.stem for path in (NATIVE / "ops").glob("*.cpp") if (PACKAGE / "ops" / f"{path.stem}.py").exists()]
+    assert "linear_act_dropout" in ops
+    functional = ast.parse((PACKAGE / "functional.py").read_text())
+    names = {node.name for node in ast.walk(functional) if isinstance(node, ast.FunctionDef)}
+    names |= {
+        alias.asname or alias.name
+        for node in ast.walk(functional)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    for op in ops:
+        assert op in names, f"mlpkit.functional lacks {op}"
+        for pattern in (f"csrc/cpu/{op}*", f"csrc/cuda/{op}*", f"tests/test_{op}.py"):
+            assert list(ROOT.glob(pattern)), f"{op} has no {pattern}"
+
+
+BUILD_FILES = [
+    *(ROOT / name for name in ("CMakeLists.txt", "pyproject.toml", "Makefile")),
+    *(ROOT / "cmake").rglob("*"),
+    *SOURCES,
+]
+FAST_MATH = re.compile(
+    r"fast[-_]math|-Ofast|unsafe-math|associative-math|finite-math|reciprocal-math|no-signed-zeros|ftz=true|prec-(div|sqrt)=false"
+)
+
+
+def test_no_build_file_asks_for_fast_math():
+    for path in filter(Path.is_file, BUILD_FILES):
+        code = re.sub(r"^\s*(#(?!pragma)|//).*$", "", path.read_text(), flags=re.MULTILINE)
+        found = FAST_MATH.search(code)
+        assert not found, f"{path.relative_to(ROOT)}: {found.group()}"
+    assert FAST_MATH.search("nvcc --use_fast_math")
+    assert FAST_MATH.search("g++ -ffast-math")
+
+
+def isa_objects():
+    """Object files under build/ that define something in an instruction set's namespace: (path, set, symbols)."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm on this machine")
+    found = []
+    for path in sorted((ROOT / "build").rglob("*.o")):
+        listing = subprocess.run(
+            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
+        ).stdout
+        symbols = [line.split(maxsplit=2)[1:] for line in listing.splitlines() if len(line.split(maxsplit=2)) == 3]
+        sets = {
+            m.group(1) for kind, name in symbols if kind == "T" for m in [re.match(r"mlpkit::isa_(\w+)::", name)] if m
+        }
+        found += [(path, isa, symbols) for isa in sets]
+    return found
+
+
+def test_per_isa_objects_share_no_symbol():
+    """The linker keeps one of many weak copies: an AVX-512 copy of a shared function would crash older machines."""
+    if not (ROOT / "build").is_dir():
+        pytest.skip("no build tree beside the sources")
+    objects = isa_objects()
+    assert {isa for _, isa, _ in objects} >= {"default", "avx2", "avx512"}, "no per-ISA objects found under build/"
+    for path, isa, symbols in objects:
+        if isa == "default":
+            continue
+        shared = [name for kind, name in symbols if kind in "WVu" and f"mlpkit::isa_{isa}::" not in name]
+        assert not shared, f"{path.name} ({isa}) defines weak symbols that other objects may define too: {shared[:5]}"
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=os.environ | environment, cwd=ROOT.parent
+    )
+
+
+def test_import_starts_no_cuda_and_pulls_in_no_heavy_package():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import mlpkit
+import mlpkit.functional, mlpkit.reference
+heavy = ("sklearn", "pandas", "pyarrow", "plotly", "optuna", "matplotlib", "jinja2", "triton", "torch._dynamo")
+new = sorted(m for m in set(sys.modules) - before if m.startswith(heavy))
+assert not new, f"imports {new[:5]}"
+assert not torch.cuda.is_initialized(), "initialises CUDA"
+"""
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_package_tells_what_was_built_and_what_runs():
+    import torch
+
+    result = python("-m", "mlpkit")
+    assert result.returncode == 0, result.stderr
+    for word in ("mlpkit", torch.__version__.split("+")[0], "CUDA", "avx2"):
+        assert word in result.stdout
+
+
+def test_the_instruction_set_is_forced_and_named_by_the_environment():
+    code = "from mlpkit import _C; print(_C.cpu_capability())"
+    assert python("-c", code, MLPKIT_CPU_CAPABILITY="default").stdout.strip() == "default"
+    for name in ("avx3", "AVX2", "AVX512 "):
+        result = python("-c", code, MLPKIT_CPU_CAPABILITY=name)
+        assert result.returncode != 0
+        assert f"MLPKIT_CPU_CAPABILITY is '{name}'" in result.stderr
+        assert "default" in result.stderr
+
+
+def test_an_unknown_instruction_set_is_refused_and_changes_nothing():
+    from mlpkit import _C
+
+    before = _C.cpu_capability()
+    with pytest.raises(ValueError, match=r"'sse9'.*default"):
+        _C.force_cpu_capability("sse9")
+    assert _C.cpu_capability() == before
+
+
+def test_no_more_than_four_environment_variables():
+    sources = [*MODULES, *SOURCES]
+    text = "\n".join(path.read_text() for path in sources)
+    names = set(re.findall(r"(?:getenv|environ(?:\.get)?)\s*[(\[]\s*[\"'](MLPKIT_\w+)", text))
+    assert len(names) <= 4, names

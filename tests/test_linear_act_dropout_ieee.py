@@ -1,0 +1,114 @@
+"""linear_act_dropout on NaN, Inf and signed zeros: what IEEE arithmetic and stock PyTorch say, never hidden."""
+
+import math
+
+import pytest
+import torch
+from linear_act_dropout_cases import DTYPES
+from mlpkit.functional import linear_act_dropout
+
+from mlpkit.reference import ACTIVATIONS, activate, dropout_mask
+from mlpkit.reference import linear_act_dropout as stock
+
+SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0]
+SEED, P = 4, 0.5
+
+
+def extras(activation, dtype):
+    if activation == "prelu":
+        return {"slope": torch.full((1,), 0.25, dtype=dtype)}
+    return {"slope": 0.25} if activation == "leaky_relu" else {}
+
+
+def classes(t):
+    """NaN, +Inf, -Inf, zero or other, elementwise."""
+    return torch.where(t.isnan(), 1, 0) + 2 * t.isposinf() + 3 * t.isneginf() + 4 * (t == 0)
+
+
+def special_rows(dtype):
+    """x and weight whose z is 40 rows of each special value in 33 columns, without any sum of them."""
+    return torch.tensor(SPECIAL, dtype=dtype).repeat(40).unsqueeze(1), torch.ones(33, 1, dtype=dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, P, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_special_values_come_out_as_in_stock_pytorch(activation, dtype, p, cpu_capability):
+    x, weight = special_rows(dtype)
+    arguments = {"activation": activation, "p": p, "seed": SEED, **extras(activation, dtype)}
+    ours, theirs = linear_act_dropout(x, weight, **arguments), stock(x, weight, **arguments)
+    wrong = classes(ours) != classes(theirs)
+    assert not wrong.any(), f"z {x.expand_as(ours)[wrong][:4]}: ours {ours[wrong][:4]}, stock {theirs[wrong][:4]}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slopes_at_special_values_are_those_of_stock_pytorch(activation, dtype, cpu_capability):
+    """dz = dy (m act'(z)) with dy = 1, read off the gradient of the bias over a single row."""
+    x, weight = special_rows(dtype)
+    for row in range(len(SPECIAL)):
+        results = []
+        for function in (linear_act_dropout, stock):
+            bias = torch.zeros(33, dtype=dtype, requires_grad=True)
+            y = function(
+                x[row : row + 1], weight, bias, activation=activation, p=P, seed=SEED, **extras(activation, dtype)
+            )
+            y.backward(torch.ones_like(y))
+            results.append(bias.grad)
+        ours, theirs = results
+        assert torch.equal(classes(ours), classes(theirs)), f"act'({SPECIAL[row]}): ours {ours}, stock {theirs}"
+
+
+@pytest.mark.parametrize("planted", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_special_dy_is_multiplied_and_never_skipped(activation, planted):
+    """dz = dy (m act'(z)): Inf times a dropped or dead 0 is NaN, NaN stays NaN."""
+    x = torch.linspace(-2, 2, 21).unsqueeze(1)
+    weight = torch.ones(33, 1)
+    keep, scale = dropout_mask(21, 33, P, SEED)
+    z = x.expand(21, 33).clone().requires_grad_()
+    (slope,) = torch.autograd.grad(activate(z, activation, **extras(activation, torch.float32)).sum(), z)
+    expected = planted * (keep * scale * slope)
+    for row in range(21):
+        bias = torch.zeros(33, requires_grad=True)
+        batch = torch.zeros(21, 33)
+        y = linear_act_dropout(
+            x, weight, bias, activation=activation, p=P, seed=SEED, **extras(activation, torch.float32)
+        )
+        batch[row] = planted
+        y.backward(batch)
+        assert torch.equal(classes(bias.grad), classes(expected[row]))
+
+
+def test_relus_slope_is_0_at_0_and_1_at_nan():
+    bias = torch.tensor([0.0, -0.0, math.nan, 1.0], requires_grad=True)
+    linear_act_dropout(torch.zeros(1, 1), torch.zeros(4, 1), bias).sum().backward()
+    assert bias.grad.tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inf_and_nan_in_one_row_touch_no_other(dtype, cpu_capability):
+    x, weight = torch.ones(40, 70, dtype=dtype), torch.ones(33, 70, dtype=dtype)
+    x[17, 3], x[21, 69] = math.inf, math.nan
+    y = linear_act_dropout(x, weight, activation="identity")
+    assert y[17].isposinf().all()
+    assert y[21].isnan().all()
+    others = torch.ones(40, dtype=torch.bool)
+    others[[17, 21]] = False
+    assert (y[others] == 70).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_overflow_of_the_output_dtype_is_inf(dtype):
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([[largest], [-largest]], dtype=dtype)
+    y = linear_act_dropout(x, torch.full((1, 1), 2.0, dtype=dtype), activation="identity")
+    assert y.flatten().tolist() == [math.inf, -math.inf]
+
+
+def test_an_intermediate_beyond_fp16_is_no_overflow():
+    """z = 80000 fits fp32 but not fp16; tanh(z) and z / 8 do: only what is written is rounded."""
+    x, weight = torch.full((1, 2), 200.0, dtype=torch.float16), torch.full((1, 2), 200.0, dtype=torch.float16)
+    assert linear_act_dropout(x, weight, activation="tanh").item() == 1.0
+    slope = torch.full((1,), -0.125, dtype=torch.float16)
+    assert linear_act_dropout(-x, weight, activation="prelu", slope=slope).item() == 10000.0
