@@ -14,9 +14,9 @@ def cuda_is_missing():
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
             return f"torch {torch.__version__} sees no CUDA device"
-    from mlpkit import _C
+    from mlpkit import _build_config
 
-    return None if _C.build_info()["cuda"] else "mlpkit was built without CUDA"
+    return None if _build_config.CUDA else "mlpkit was built without CUDA"
 
 
 def pytest_runtest_setup(item):
@@ -31,7 +31,7 @@ def pytest_runtest_setup(item):
 def pytest_generate_tests(metafunc):
     # Asked for only where a test wants it: the tests of the reference run without a native build.
     if "cpu_capability" in metafunc.fixturenames:
-        from mlpkit import _C
+        from mlpkit._ext import _C
 
         metafunc.parametrize("cpu_capability", _C.cpu_capabilities(), indirect=True)
 
@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def cpu_capability(request):
     """Runs the test once for each instruction set that this machine has; the value is its name."""
-    from mlpkit import _C
+    from mlpkit._ext import _C
 
     before = _C.cpu_capability()
     _C.force_cpu_capability(request.param)

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from mlpkit.functional import linear_act_dropout
 from test_reference import KNOWN_ANSWERS, words
 
-from mlpkit import _C, reference
+from mlpkit import reference
+from mlpkit._ext import _C
+from mlpkit.functional import linear_act_dropout
 from mlpkit.reference import ACTIVATIONS
 
 # (rows, cols, p, seed, offset, stream): the first half of the SHA-256 of the mask's bits, packed row by row.

@@ -192,7 +192,7 @@ def test_the_package_tells_what_was_built_and_what_runs():
 
 
 def test_the_instruction_set_is_forced_and_named_by_the_environment():
-    code = "from mlpkit import _C; print(_C.cpu_capability())"
+    code = "from mlpkit._ext import _C; print(_C.cpu_capability())"
     assert python("-c", code, MLPKIT_CPU_CAPABILITY="default").stdout.strip() == "default"
     for name in ("avx3", "AVX2", "AVX512 "):
         result = python("-c", code, MLPKIT_CPU_CAPABILITY=name)
@@ -202,7 +202,7 @@ def test_the_instruction_set_is_forced_and_named_by_the_environment():
 
 
 def test_an_unknown_instruction_set_is_refused_and_changes_nothing():
-    from mlpkit import _C
+    from mlpkit._ext import _C
 
     before = _C.cpu_capability()
     with pytest.raises(ValueError, match=r"'sse9'.*default"):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from closeness import SEEDS, assert_no_worse_than
 from linear_act_dropout_cases import DTYPES, LAYOUTS, LOW_DTYPES, SHAPES, Case, assert_close
-from mlpkit.functional import linear_act_dropout
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mlpkit.functional import linear_act_dropout
 from mlpkit.reference import ACTIVATIONS
 
 SLOPES = {"prelu": 1}

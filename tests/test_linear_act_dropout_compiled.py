@@ -3,8 +3,9 @@
 import pytest
 import torch
 from linear_act_dropout_cases import LOW_DTYPES, Case
-from mlpkit.functional import linear_act_dropout
 from torch.utils.checkpoint import checkpoint
+
+from mlpkit.functional import linear_act_dropout
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from linear_act_dropout_cases import DTYPES
-from mlpkit.functional import linear_act_dropout
 
+from mlpkit.functional import linear_act_dropout
 from mlpkit.reference import ACTIVATIONS, activate, dropout_mask
 from mlpkit.reference import linear_act_dropout as stock
 
@@ -112,3 +112,14 @@ def test_an_intermediate_beyond_fp16_is_no_overflow():
     assert linear_act_dropout(x, weight, activation="tanh").item() == 1.0
     slope = torch.full((1,), -0.125, dtype=torch.float16)
     assert linear_act_dropout(-x, weight, activation="prelu", slope=slope).item() == 10000.0
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "sigmoid", "tanh"])
+def test_the_slope_beyond_fp16_is_that_of_the_true_preactivation(activation, cpu_capability):
+    """y(-80000) = 0 and act'(-80000) = 0: a pre-activation saved for backward as -Inf would make NaN of it."""
+    x = torch.full((1, 2), -200.0, dtype=torch.float16)
+    weight = torch.full((1, 2), 200.0, dtype=torch.float16, requires_grad=True)
+    y = linear_act_dropout(x, weight, activation=activation)
+    y.backward(torch.ones_like(y))
+    assert y.item() == {"tanh": -1.0}.get(activation, 0.0)
+    assert weight.grad.tolist() == [[0.0, 0.0]]

@@ -2,14 +2,15 @@
 
 import itertools
 
-import mlpkit._C  # noqa: F401  registers torch.ops.mlpkit
 import pytest
 import torch
 from linear_act_dropout_cases import DTYPES, LOW_DTYPES, Case
-from mlpkit.functional import linear_act_dropout
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+import mlpkit._ext  # noqa: F401  registers torch.ops.mlpkit
+from mlpkit.functional import linear_act_dropout
 from mlpkit.reference import ACTIVATIONS
 
 
@@ -85,6 +86,44 @@ def test_double_backward_works_or_says_that_it_does_not(activation):
     first = torch.autograd.grad(y.square().sum(), [x, weight], create_graph=True)
     with pytest.raises(RuntimeError, match=r"linear_act_dropout.*double backward|double backward.*linear_act_dropout"):
         torch.autograd.grad(sum(g.sum() for g in first), [x, weight])
+
+
+def test_forward_mode_derivatives_are_right_or_refused():
+    x, tangent, weight = torch.randn(3, 4), torch.randn(3, 4), torch.randn(5, 4)
+    for needs_gradient in (False, True):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(needs_gradient), tangent)
+            with pytest.raises((RuntimeError, NotImplementedError), match=r"forward|jvp"):
+                linear_act_dropout(dual, weight, activation="identity")
+
+
+def test_a_network_s_functorch_gradient_is_right_or_refused():
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+
+    def loss(weight):
+        return linear_act_dropout(x, weight, activation="gelu").sum()
+
+    expected = weight.clone().requires_grad_()
+    loss(expected).backward()
+    try:
+        gradient = torch.func.grad(loss)(weight)
+    except (RuntimeError, NotImplementedError):
+        return
+    assert torch.equal(gradient, expected.grad)
+
+
+def test_the_bare_backward_op_refuses_what_would_read_past_a_tensor():
+    x, weight, seed = torch.ones(33, 4), torch.ones(20, 4), seed_words()
+    forward, backward = torch.ops.mlpkit.linear_act_dropout_forward, torch.ops.mlpkit.linear_act_dropout_backward
+    y, z, bits = forward(x, weight, None, None, seed, "gelu", 0.01, 0.5, 0, True)
+    good = {"dy": torch.ones_like(y), "x": x, "weight": weight, "slope": None, "z": z, "bits": bits}
+    rest = ("gelu", 0.01, 0.5, [True, True, True, False])
+    backward(*good.values(), *rest)
+    bad = {"dy": [y[:1], y.double(), y[:, :7]], "z": [z[:1], z.half(), z[:0]], "bits": [bits[:1], bits[:0]]}
+    for name, tensors in bad.items():
+        for tensor in tensors:
+            with pytest.raises((RuntimeError, ValueError, TypeError), match=f"linear_act_dropout.*{name}"):
+                backward(*(good | {name: tensor}).values(), *rest)
 
 
 def test_the_mask_drawn_repeats_under_manual_seed():
