@@ -60,6 +60,22 @@ struct Row {
   }
 };
 
+// The largest finite value of a storage type. A pre-activation beyond it is saved as that: its slope is the limit's, while an Inf would
+// make the slope 0 * Inf, a NaN that the forward pass never had.
+template <class T>
+constexpr float kLargest = 3.4028234e38f;
+template <>
+inline constexpr float kLargest<BFloat16> = 3.3895314e38f;
+template <>
+inline constexpr float kLargest<Half> = 65504.f;
+
+template <class T, class V>
+MLPKIT_HD V saturate(V z) {
+  constexpr float infinity = __builtin_inff(), largest = kLargest<T>;
+  const V low = (z > largest) ? ((z < infinity) ? V{} + largest : z) : z;
+  return (low < -largest) ? ((low > -infinity) ? V{} - largest : low) : low;
+}
+
 // Where a tile lies: its number in the mask contract, its column, and how much of it is inside the output.
 struct Tile {
   int64_t number, row, col;
@@ -108,7 +124,11 @@ void forward(const ActDropoutForward& args) {
       }
       const int64_t element = (tile.row + r) * args.region.total_cols + tile.col;
       y.write(at<T>(args.y, element), tile.cols);
-      if (args.z) z.write(at<T>(args.z, element), tile.cols);
+      if (args.z) {
+        if constexpr (sizeof(T) == 2)
+          for (int i = 0; i < Row<C>::count; ++i) z.v[i] = saturate<T>(z.v[i]);
+        z.write(at<T>(args.z, element), tile.cols);
+      }
       const bool sign_is_slope = args.activation == Activation::relu;
       if (args.keep) args.keep[tile.number * kTile + r] = static_cast<uint16_t>(sign_is_slope ? keep & live : keep);
       if (args.positive) args.positive[tile.number * kTile + r] = static_cast<uint16_t>(positive);

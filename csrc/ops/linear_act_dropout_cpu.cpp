@@ -1,0 +1,256 @@
+// linear_act_dropout on the CPU: a library GEMM for each tile of the output, and the element-wise pass while the tile is in cache (ops).
+#include "cpu/linear_act_dropout.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <functional>
+
+#include "ops/gemm.h"
+#include "ops/linear_act_dropout.h"
+
+namespace mlpkit {
+namespace {
+
+// Tiles are fixed by the problem alone, never by the number of threads: every sum is then the same for any of them. 256 x 256 floats are a
+// quarter of a 1 MiB L2. The weight gradient has few tiles and a long sum in each, so its tiles are smaller.
+constexpr int64_t kTileRows = 256, kTileCols = 256, kGradRows = 64, kGradCols = 256;
+constexpr double kFlopsWorthAThread = 4e5;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Block {
+  int64_t row, rows, col, cols;
+};
+
+// Calls body(block, scratch) for every tile of a (rows, cols) matrix, in parallel; scratch holds one tile of the compute dtype.
+template <class Body>
+void each_block(int64_t rows, int64_t cols, int64_t tile_rows, int64_t tile_cols, int64_t depth, c10::ScalarType compute, const Body& body) {
+  const int64_t down = ceil_div(rows, tile_rows), across = ceil_div(cols, tile_cols);
+  const double tile_flops = 2.0 * std::min(rows, tile_rows) * std::min(cols, tile_cols) * std::max<int64_t>(depth, 16);
+  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kFlopsWorthAThread / std::max(tile_flops, 1.0)));
+  at::parallel_for(0, down * across, grain, [&](int64_t begin, int64_t end) {
+    SingleThreadedBlas single;
+    const int64_t scratch_elements = std::min(rows, tile_rows) * std::min(cols, tile_cols);
+    const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_elements * c10::elementSize(compute));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / across * tile_rows, col = i % across * tile_cols;
+      body(Block{row, std::min(tile_rows, rows - row), col, std::min(tile_cols, cols - col)}, scratch.get());
+    }
+  });
+}
+
+c10::ScalarType compute_type(Dtype dtype) { return dtype == Dtype::float64 ? at::kDouble : at::kFloat; }
+bool low_precision(Dtype dtype) { return dtype == Dtype::bfloat16 || dtype == Dtype::float16; }
+
+// Element `index` of a contiguous tensor.
+char* at_element(const at::Tensor& tensor, int64_t index) {
+  return static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + index * tensor.element_size();
+}
+
+void convert_in_parallel(Convert args) {
+  constexpr int64_t chunk = 1 << 14;
+  const int64_t from_size = low_precision(args.from_dtype) ? 2 : 4, to_size = low_precision(args.to_dtype) ? 2 : 4;
+  at::parallel_for(0, ceil_div(args.count, chunk), 4, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * chunk, last = std::min(args.count, end * chunk);
+    cpu::convert({args.from_dtype, args.to_dtype, static_cast<const char*>(args.from) + first * from_size,
+                  static_cast<char*>(args.to) + first * to_size, last - first});
+  });
+}
+
+// A contiguous copy in the compute dtype; the tensor itself where it is already that.
+at::Tensor in_compute_dtype(const at::Tensor& tensor, Dtype dtype) {
+  const at::Tensor contiguous = tensor.contiguous();
+  if (!low_precision(dtype)) return contiguous;
+  at::Tensor copy = at::empty(contiguous.sizes(), contiguous.options().dtype(at::kFloat));
+  convert_in_parallel({dtype, Dtype::float32, contiguous.const_data_ptr(), copy.mutable_data_ptr(), copy.numel()});
+  return copy;
+}
+
+// prelu's slope as the kernels take it: one for each column, or a single number.
+struct Slopes {
+  at::Tensor by_column;
+  double single;
+  Slopes(const OptionalTensor& slope, double negative_slope, Dtype dtype) : single(negative_slope) {
+    if (!slope) return;
+    const at::Tensor values = in_compute_dtype(*slope, dtype);
+    if (slope->numel() > 1) by_column = values;
+    else single = dtype == Dtype::float64 ? *values.const_data_ptr<double>() : *values.const_data_ptr<float>();
+  }
+};
+
+const void* data_or_null(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+
+// The two bit planes of a saved `bits` tensor; null where the op keeps none.
+struct BitPlanes {
+  uint16_t* keep = nullptr;
+  uint16_t* positive = nullptr;
+  BitPlanes(const LinearActDropout& op, const at::Tensor& bits) {
+    if (bits.numel() == 0) return;
+    char* base = at_element(bits, 0);
+    if (op.keeps_bits()) keep = reinterpret_cast<uint16_t*>(base);
+    if (op.keeps_sign()) positive = reinterpret_cast<uint16_t*>(base + (op.keeps_bits() ? op.plane_bytes() : 0));
+  }
+};
+
+Dropout dropout_of(const LinearActDropout& op, const OptionalTensor& seed, int64_t stream) {
+  Dropout dropout;
+  dropout.threshold = op.threshold;
+  dropout.scale = op.scale;
+  dropout.stream = static_cast<uint32_t>(stream);
+  if (op.draws()) {
+    const at::Tensor state = seed->contiguous();
+    dropout.seed = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[0]);
+    dropout.offset = static_cast<uint32_t>(state.const_data_ptr<int64_t>()[1]);
+  }
+  return dropout;
+}
+
+ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
+                      const OptionalTensor& seed, std::string_view activation, double negative_slope, double p, int64_t stream, bool save) {
+  const LinearActDropout op = check_linear_act_dropout(x, weight, bias, slope, seed, activation, p, stream);
+  const c10::ScalarType compute = compute_type(op.dtype);
+  at::Tensor y = at::empty(output_sizes(x, op.cols), x.options());
+  at::Tensor z = save && op.needs == Needs::preactivation ? at::empty_like(y) : at::empty({0}, x.options());
+  at::Tensor bits = at::empty({save ? op.bits_bytes() : 0}, x.options().dtype(at::kByte));
+  if (y.numel() == 0) return {y, z, bits};
+
+  const at::Tensor inputs = in_compute_dtype(x, op.dtype), weights = in_compute_dtype(weight, op.dtype);
+  const at::Tensor biases = bias ? in_compute_dtype(*bias, op.dtype) : at::Tensor();
+  const Slopes slopes(slope, negative_slope, op.dtype);
+  const BitPlanes planes(op, bits);
+  const Dropout dropout = dropout_of(op, seed, stream);
+  each_block(op.rows, op.cols, kTileRows, kTileCols, op.depth, compute, [&](const Block& block, void* product) {
+    gemm({compute, false, true, block.rows, block.cols, op.depth, at_element(inputs, block.row * op.depth), op.depth,
+          at_element(weights, block.col * op.depth), op.depth, product, block.cols});
+    cpu::act_dropout_forward({{block.row, block.rows, block.col, block.cols, op.cols},
+                              op.dtype,
+                              op.activation,
+                              dropout,
+                              slopes.single,
+                              product,
+                              block.cols,
+                              data_or_null(biases),
+                              data_or_null(slopes.by_column),
+                              y.mutable_data_ptr(),
+                              z.numel() ? z.mutable_data_ptr() : nullptr,
+                              planes.keep,
+                              planes.positive});
+  });
+  return {y, z, bits};
+}
+
+// The sum over blocks of rows of per-block column sums, each column in fp64, as a tensor like `like`.
+at::Tensor sum_partials(const at::Tensor& partials, const at::Tensor& like, Dtype dtype) {
+  const int64_t blocks = partials.size(0), cols = partials.size(1);
+  const bool doubles = partials.scalar_type() == at::kDouble, scalar = like.numel() != cols;
+  at::Tensor total = at::empty(like.sizes(), partials.options());
+  std::vector<double> sums(scalar ? 1 : cols, 0.0);
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t col = 0; col < cols; ++col) {
+      const int64_t i = block * cols + col;
+      sums[scalar ? 0 : col] += doubles ? partials.const_data_ptr<double>()[i] : partials.const_data_ptr<float>()[i];
+    }
+  for (size_t i = 0; i < sums.size(); ++i) {
+    if (doubles) total.mutable_data_ptr<double>()[i] = sums[i];
+    else total.mutable_data_ptr<float>()[i] = static_cast<float>(sums[i]);
+  }
+  if (!low_precision(dtype)) return total;
+  at::Tensor rounded = at::empty(like.sizes(), like.options());
+  cpu::convert({Dtype::float32, dtype, total.const_data_ptr(), rounded.mutable_data_ptr(), total.numel()});
+  return rounded;
+}
+
+// out = op(a) op(b) for a whole matrix in the compute dtype, tile by tile, rounded once to out's dtype.
+void product(const at::Tensor& out, int64_t rows, int64_t cols, int64_t depth, int64_t tile_rows, int64_t tile_cols, Dtype dtype,
+             const std::function<Gemm(const Block&)>& operands) {
+  const c10::ScalarType compute = compute_type(dtype);
+  each_block(rows, cols, tile_rows, tile_cols, depth, compute, [&](const Block& block, void* scratch) {
+    Gemm g = operands(block);
+    g.dtype = compute;
+    g.m = block.rows;
+    g.n = block.cols;
+    g.k = depth;
+    g.c = low_precision(dtype) ? scratch : at_element(out, block.row * cols + block.col);
+    g.ldc = low_precision(dtype) ? block.cols : cols;
+    gemm(g);
+    if (!low_precision(dtype)) return;
+    for (int64_t r = 0; r < block.rows; ++r)
+      cpu::convert({Dtype::float32, dtype, static_cast<float*>(scratch) + r * block.cols,
+                    at_element(out, (block.row + r) * cols + block.col), block.cols});
+  });
+}
+
+BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& slope, const at::Tensor& z,
+                        const at::Tensor& bits, std::string_view activation, double negative_slope, double p, std::array<bool, 4> needs) {
+  const LinearActDropout op = check_linear_act_dropout_backward(dy, x, weight, slope, z, bits, activation, p);
+  const at::Tensor dys = dy.contiguous();
+  const auto options = x.options(), compute_options = options.dtype(compute_type(op.dtype));
+  const bool want_dslope = needs[3] && slope.has_value();
+  const at::Tensor absent = at::empty({0}, options);
+
+  at::Tensor dz = at::empty({op.rows, op.cols}, compute_options);
+  const int64_t row_blocks = ceil_div(op.rows, kTileRows);
+  const auto partials = [&](bool wanted) {
+    if (!wanted) return at::Tensor();
+    at::Tensor sums = at::empty({row_blocks, op.cols}, compute_options);
+    std::memset(sums.mutable_data_ptr(), 0, sums.nbytes());
+    return sums;
+  };
+  const at::Tensor dbias_partials = partials(needs[2]), dslope_partials = partials(want_dslope);
+  const Slopes slopes(slope, negative_slope, op.dtype);
+  const BitPlanes planes(op, bits);
+  Dropout dropout;
+  dropout.threshold = op.threshold;
+  dropout.scale = op.scale;
+  each_block(op.rows, op.cols, kTileRows, kTileCols, 0, compute_type(op.dtype), [&](const Block& block, void*) {
+    const auto row_of = [&](const at::Tensor& sums) -> void* {
+      return sums.defined() ? at_element(sums, block.row / kTileRows * op.cols) : nullptr;
+    };
+    cpu::act_dropout_backward({{block.row, block.rows, block.col, block.cols, op.cols},
+                               op.dtype,
+                               op.activation,
+                               dropout,
+                               slopes.single,
+                               dys.const_data_ptr(),
+                               z.const_data_ptr(),
+                               data_or_null(slopes.by_column),
+                               planes.keep,
+                               planes.positive,
+                               dz.mutable_data_ptr(),
+                               row_of(dbias_partials),
+                               row_of(dslope_partials)});
+  });
+
+  at::Tensor dx = absent, dweight = absent, dbias = absent, dslope = absent;
+  if (needs[0]) {
+    const at::Tensor weights = in_compute_dtype(weight, op.dtype);
+    dx = at::empty(x.sizes(), options);
+    product(dx, op.rows, op.depth, op.cols, kTileRows, kTileCols, op.dtype, [&](const Block& block) {
+      return Gemm{{}, false, false, 0, 0, 0, at_element(dz, block.row * op.cols), op.cols, at_element(weights, block.col), op.depth, nullptr, 0};
+    });
+  }
+  if (needs[1]) {
+    const at::Tensor inputs = in_compute_dtype(x, op.dtype);
+    dweight = at::empty(weight.sizes(), options);
+    product(dweight, op.cols, op.depth, op.rows, kGradRows, kGradCols, op.dtype, [&](const Block& block) {
+      return Gemm{{}, true, false, 0, 0, 0, at_element(dz, block.row), op.cols, at_element(inputs, block.col), op.depth, nullptr, 0};
+    });
+  }
+  if (needs[2]) dbias = sum_partials(dbias_partials, at::empty({op.cols}, options), op.dtype);
+  if (want_dslope) dslope = sum_partials(dslope_partials, *slope, op.dtype);
+  return {dx, dweight, dbias, dslope};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mlpkit, CPU, m) {
+  m.impl("linear_act_dropout_forward", forward);
+  m.impl("linear_act_dropout_backward", backward);
+}
+
+}  // namespace mlpkit

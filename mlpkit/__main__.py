@@ -1,0 +1,47 @@
+"""``python -m mlpkit``: what was built, what this machine can run, and which path each part takes."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from mlpkit import __version__
+
+
+def facts() -> dict[str, str]:
+    """Build and machine in words; raises BuildError where the extension is missing or was built for another torch."""
+    from mlpkit._ext import _C
+    from mlpkit import _build_config as built
+
+    cuda = "not built"
+    if built.CUDA:
+        cuda = f"built with nvcc {built.CUDA_COMPILER} for {built.CUDA_ARCHITECTURES.replace(';', ', ')}"
+    return {
+        "mlpkit": f"{__version__}, built {built.BUILD_DATE} ({built.BUILD_TYPE}, {built.COMPILER})",
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} (built for {built.TORCH_VERSION})",
+        "cpu kernels": f"{_C.cpu_capability()} in use; this machine runs {', '.join(_C.cpu_capabilities())}",
+        "cpu gemm": f"{_C.gemm_library()}, {torch.get_num_threads()} threads",
+        "cuda": cuda,
+        "cuda device": _device(built.CUDA),
+    }
+
+
+def _device(built: bool) -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if not built:
+        return f"{name}, unused: this build has no CUDA kernels"
+    return f"{name} (compute capability {major}.{minor}): linear_act_dropout by cuBLAS and the epilogue kernel"
+
+
+def main() -> None:
+    """Print the facts, one line each."""
+    for key, value in facts().items():
+        print(f"{key + ':':<14}{value}")
+
+
+if __name__ == "__main__":
+    main()

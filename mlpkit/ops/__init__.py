@@ -1,0 +1,5 @@
+"""Op pages: what ``torch.compile`` and autocast must know of each native operator. Importing this package registers them."""
+
+from mlpkit.ops import linear_act_dropout
+
+__all__ = ["linear_act_dropout"]

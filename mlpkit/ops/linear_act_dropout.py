@@ -1,0 +1,86 @@
+"""Op page of ``linear_act_dropout``: fake kernels and autocast. Schema and autograd: csrc/ops/linear_act_dropout.cpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlpkit._ext import _C
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "prelu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+NEEDS_PREACTIVATION = ("prelu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+
+eager = _C.linear_act_dropout
+dispatched = torch.ops.mlpkit.linear_act_dropout.default
+
+
+def _bits_bytes(rows: int, cols: int, activation: str, p: float) -> int:
+    draws = 0 < int(p * 65536 + 0.5) < 65536
+    planes = int(draws or activation == "relu") + int(activation == "leaky_relu")
+    return planes * ((rows + 15) // 16) * ((cols + 15) // 16) * 32
+
+
+@torch.library.register_fake("mlpkit::linear_act_dropout_forward")
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slope: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    p: float,
+    stream: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    cols = weight.shape[0]
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    y = x.new_empty((*x.shape[:-1], cols))
+    z = x.new_empty(y.shape if save and activation in NEEDS_PREACTIVATION else (0,))
+    bits = x.new_empty((_bits_bytes(rows, cols, activation, p) if save else 0,), dtype=torch.uint8)
+    return y, z, bits
+
+
+@torch.library.register_fake("mlpkit::linear_act_dropout_backward")
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    z: Tensor,
+    bits: Tensor,
+    activation: str,
+    negative_slope: float,
+    p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    absent = (0,)
+    return (
+        x.new_empty(x.shape if needs[0] else absent),
+        x.new_empty(weight.shape if needs[1] else absent),
+        x.new_empty((weight.shape[0],) if needs[2] else absent),
+        x.new_empty(slope.shape if needs[3] and slope is not None else absent),
+    )
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | None, *rest: Any) -> Tensor:
+    """As ``torch.nn.functional.linear`` under autocast: floating arguments but fp64 take the context's dtype."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        wanted = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if wanted and tensor is not None else tensor
+
+    with torch.autocast(device, enabled=False):
+        result: Tensor = dispatched(cast(x), cast(weight), cast(bias), cast(slope), *rest)
+    return result
+
+
+_library = torch.library.Library("mlpkit", "FRAGMENT")
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("linear_act_dropout", _autocast, _key)
