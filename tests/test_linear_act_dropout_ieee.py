@@ -36,7 +36,9 @@ def special_rows(dtype):
 def test_special_values_come_out_as_in_stock_pytorch(activation, dtype, p, cpu_capability):
     x, weight = special_rows(dtype)
     arguments = {"activation": activation, "p": p, "seed": SEED, **extras(activation, dtype)}
-    ours, theirs = linear_act_dropout(x, weight, **arguments), stock(x, weight, **arguments)
+    ours = linear_act_dropout(x, weight, **arguments)
+    # In fp64: PyTorch's vectorised fp32 gelu makes NaN of +Inf, its fp64 one does not.
+    theirs = stock(x.double(), weight.double(), **(arguments | extras(activation, torch.float64)))
     wrong = classes(ours) != classes(theirs)
     assert not wrong.any(), f"z {x.expand_as(ours)[wrong][:4]}: ours {ours[wrong][:4]}, stock {theirs[wrong][:4]}"
 
