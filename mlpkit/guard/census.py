@@ -1,0 +1,107 @@
+"""Passes over lists of tensors: the global norm, a quick flag for Inf and NaN, and the exact count behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Named = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The first tensor of a list that holds Inf or NaN, and how many tensors of the list do."""
+
+    name: str
+    nans: int
+    infs: int
+    shape: tuple[int, ...]
+    tensors: int
+
+    @property
+    def kind(self) -> str:
+        """``"NaN"`` where there is one, else ``"Inf"``."""
+        return "NaN" if self.nans else "Inf"
+
+    @property
+    def count(self) -> int:
+        """Non-finite elements of either kind."""
+        return self.nans + self.infs
+
+
+def first_bad(tensors: Named, *, inf_allowed: frozenset[str] = frozenset()) -> Finding | None:
+    """Count exactly: the first tensor with Inf or NaN (NaN alone for names in ``inf_allowed``), or None. Syncs."""
+    first: tuple[str, int, int, tuple[int, ...]] | None = None
+    bad = 0
+    for name, tensor in tensors:
+        if not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all()):
+            continue
+        nans = int(torch.isnan(tensor).sum())
+        infs = 0 if name in inf_allowed else int(torch.isinf(tensor).sum())
+        if nans or infs:
+            bad += 1
+            first = first or (name, nans, infs, tuple(tensor.shape))
+    return None if first is None else Finding(*first, bad)
+
+
+def suspicious(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Flags (0-dim bool, one per device and dtype), true when a tensor may hold Inf or NaN: one read, no sync.
+
+    Never false when there is one; finite values above about 1e19 raise it too, so ``first_bad`` has the last word.
+    """
+    flags = []
+    for group in _groups(tensors):
+        norms = torch._foreach_norm(group, 2, dtype=_wide(group[0].dtype))
+        flags.append(~torch.isfinite(torch.stack(norms)).all())
+    return flags
+
+
+def any_raised(flags: Sequence[Tensor]) -> bool:
+    """Whether any flag is true: one sync, if one of them lies on a device."""
+    here = [flag.reshape(()) for flag in flags if flag.device.type == "cpu"]
+    there = [flag.reshape(()) for flag in flags if flag.device.type != "cpu"]
+    return any(bool(torch.stack(group).any()) for group in (here, there) if group)
+
+
+def global_norm(tensors: Sequence[Tensor], *, exact: bool) -> Tensor:
+    """Root of the sum of all squares, 0-dim float64 on the tensors' device; Inf or NaN in any of them shows in it.
+
+    exact: sum squares in float64, so that finite float32 never overflows. Otherwise per-tensor norms are float32 (about
+    four times as fast on a CPU) and values above 1e19 give Inf.
+    """
+    totals = []
+    for group in _groups(tensors):
+        norms = torch._foreach_norm(group, 2, dtype=torch.float64 if exact else _wide(group[0].dtype))
+        totals.append(torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(totals))
+    return total
+
+
+def scaled_norm(tensors: Sequence[Tensor]) -> float:
+    """The global norm of finite tensors by |max| * norm(x / |max|): safe where even float64 squares overflow. Syncs."""
+    largest = max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
+    if largest == 0.0:
+        return 0.0
+    return largest * math.sqrt(sum(float((tensor.double() / largest).square().sum()) for tensor in tensors))
+
+
+def multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply all tensors in place by a 0-dim float64 factor: one read and write each."""
+    for group in _groups(tensors):
+        torch._foreach_mul_(group, factor.to(_wide(group[0].dtype)))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())

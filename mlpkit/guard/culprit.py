@@ -1,0 +1,113 @@
+"""Whether a step was bad, exactly, and who made it so: asked only after a flag went up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mlpkit.errors import NonFiniteError
+from mlpkit.guard.census import Finding, first_bad
+from mlpkit.guard.record import SkipRecord
+from mlpkit.guard.replay import Autocast, Call, MicroBatch, first_bad_module, tensors_in
+from mlpkit.guard.state import Buffers, state_of
+
+Named = list[tuple[str, Tensor]]
+
+
+@dataclass
+class Evidence:
+    """What one step produced, for as long as it is undecided; ``updated``: whether the optimizer has been asked."""
+
+    parameters: Named
+    batches: list[MicroBatch]
+    buffers: Buffers
+    gradients: Named = field(default_factory=list)
+    norm: Tensor | None = None
+    updated: bool = False
+    state: Named = field(default_factory=list)
+
+    def verdict(self) -> tuple[str, Finding, int] | None:
+        """(where, finding, micro-batch) of what went bad first on a step's way, or None: a false alarm. Syncs."""
+        for index, batch in enumerate(self.batches):
+            finding = first_bad([("loss", batch.loss)])
+            if finding:
+                return "loss", finding, index
+        last = len(self.batches) - 1
+        places = {
+            "gradient": first_bad(self.gradients),
+            "norm": first_bad([("gradient norm", self.norm)] if self.norm is not None else []),
+            "buffer": first_bad(self.buffers.named(), inf_allowed=self.buffers.sentinels),
+            "update": first_bad([*self.parameters, *self.state]) if self.updated else None,
+        }
+        return next(((where, finding, last) for where, finding in places.items() if finding), None)
+
+
+def refuse_bad_state(model: nn.Module, optimizer: torch.optim.Optimizer, buffers: Buffers) -> None:
+    """Raises NonFiniteError naming a parameter, optimizer state or buffer that holds Inf or NaN."""
+    names = parameter_names(model)
+    places = {
+        "parameter": first_bad((names[id(parameter)], parameter) for parameter in model.parameters()),
+        "optimizer state": first_bad(state_of(optimizer, names)),
+        "buffer": first_bad(buffers.named(), inf_allowed=buffers.sentinels),
+    }
+    for place, finding in places.items():
+        if finding:
+            raise NonFiniteError(
+                f"TrainStep: {place} {finding.name!r} held {finding.count} {finding.kind} before the step; "
+                "skipping cannot heal it, so go back to a good checkpoint"
+            )
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """Qualified names by identity, without the wrapper that ``torch.compile`` adds."""
+    return {id(parameter): name.replace("_orig_mod.", "") for name, parameter in model.named_parameters()}
+
+
+def forward_culprit(
+    model: nn.Module, batch: MicroBatch, finding: Finding, device: torch.device, call: Call, autocast: Autocast
+) -> tuple[str, str, Finding, str]:
+    """Trace a bad loss back: (where, culprit, finding, note). Bad data first, then the forward again by modules."""
+    for where, value in (("inputs", batch.inputs), ("target", batch.target)):
+        bad = first_bad(tensors_in(where, value))
+        if bad:
+            return where, where, bad, ""
+    eager: nn.Module = getattr(model, "_orig_mod", model)
+    found, note = first_bad_module(eager, batch, device, call, autocast)
+    if found is None:
+        return "loss", "loss", finding, note
+    return "forward", f"forward of {found.name or 'the model'}", found, note
+
+
+def make_record(
+    step: int,
+    verdict: tuple[str, Finding, int],
+    evidence: Evidence,
+    scale: float,
+    trace_forward: Callable[[MicroBatch, Finding], tuple[str, str, Finding, str]],
+) -> SkipRecord:
+    """The record of a skipped step; asks ``trace_forward`` when the loss itself is bad."""
+    where, finding, index = verdict
+    culprit, note = finding.name, ""
+    batch = evidence.batches[index]
+    if where == "loss":
+        where, culprit, finding, note = trace_forward(batch, finding)
+    loss = float(batch.loss)
+    return SkipRecord(
+        step=step,
+        culprit=culprit,
+        where=where,
+        kind=finding.kind,
+        count=finding.count,
+        nans=finding.nans,
+        infs=finding.infs,
+        shape=finding.shape,
+        tensors=finding.tensors,
+        scale=scale,
+        loss=loss,
+        micro_batch=index,
+        parameters=len(evidence.parameters),
+        note=note,
+    )

@@ -1,0 +1,92 @@
+"""The dynamic loss scale of fp16 training, with a floor, a ceiling and a memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mlpkit.errors import ArgumentError
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class ScaleChange:
+    """One change of the loss scale: at which step, from what to what, and ``"growth"`` or ``"backoff"``."""
+
+    step: int
+    before: float
+    after: float
+    reason: str
+
+
+class LossScale:
+    """A loss scale that halves when scaled gradients overflow and doubles after a run of clean steps.
+
+    Micikevicius et al. (2018), "Mixed precision training"; the rule of ``torch.amp.GradScaler`` with bounds: floor and
+    ceiling default to 1 and 2^24, and 1/scale must be a normal fp32 number. ``changes`` records growth and back-off.
+    Raises ArgumentError naming the argument, what it was and what it must be.
+    """
+
+    def __init__(
+        self,
+        init: float = 65536.0,
+        *,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        growth_interval: int = 2000,
+        floor: float = 1.0,
+        ceiling: float = 2.0**24,
+    ) -> None:
+        for name, value in (("init", init), ("floor", floor), ("ceiling", ceiling)):
+            check_scale(f"LossScale: {name}", value)
+        if not floor <= init <= ceiling:
+            raise ArgumentError(
+                f"LossScale: init is {init!r}; it must lie between floor {floor!r} and ceiling {ceiling!r}"
+            )
+        if not 1 < growth < math.inf:
+            raise ArgumentError(f"LossScale: growth is {growth!r}; it must be above 1")
+        if not 0 < backoff < 1:
+            raise ArgumentError(f"LossScale: backoff is {backoff!r}; it must lie between 0 and 1")
+        if isinstance(growth_interval, bool) or not isinstance(growth_interval, int) or growth_interval < 1:
+            raise ArgumentError(f"LossScale: growth_interval is {growth_interval!r}; it must be an int of at least 1")
+        self.value = float(init)
+        self.clean_steps = 0
+        self.growth, self.backoff, self.growth_interval = growth, backoff, growth_interval
+        self.floor, self.ceiling = float(floor), float(ceiling)
+        self.changes: list[ScaleChange] = []
+
+    def step_taken(self, step: int) -> None:
+        """Count a clean step; grow when the run of them is long enough."""
+        self.clean_steps += 1
+        if self.clean_steps >= self.growth_interval:
+            self._change(step, min(self.value * self.growth, self.ceiling), "growth")
+
+    def overflowed(self, step: int) -> None:
+        """Back off after scaled gradients overflowed."""
+        self._change(step, max(self.value * self.backoff, self.floor), "backoff")
+
+    @property
+    def at_floor(self) -> bool:
+        """Whether there is no lower scale to back off to."""
+        return self.value <= self.floor
+
+    def _change(self, step: int, value: float, reason: str) -> None:
+        self.clean_steps = 0
+        if value != self.value:
+            self.changes.append(ScaleChange(step, self.value, value, reason))
+            self.value = value
+
+    def __repr__(self) -> str:
+        return f"LossScale({self.value:g}, floor={self.floor:g}, ceiling={self.ceiling:g})"
+
+
+def check_scale(what: str, value: object) -> float:
+    """The value as a float; raises ArgumentError unless it and its reciprocal are normal fp32 numbers above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ArgumentError(f"{what} is {value!r}; it must be a finite number above 0")
+    if not _TINY <= value <= 1 / _TINY:
+        raise ArgumentError(f"{what} is {value!r}; it and its reciprocal must be normal fp32 numbers (2^-126 to 2^126)")
+    return float(value)

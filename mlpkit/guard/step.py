@@ -1,0 +1,259 @@
+"""The guarded training step: forward, backward, decision, update; taken whole or skipped whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlpkit._events import announce
+from mlpkit.errors import ArgumentError, NonFiniteError
+from mlpkit.guard import census, checks
+from mlpkit.guard.census import Finding, first_bad
+from mlpkit.guard.culprit import Evidence, forward_culprit, make_record, parameter_names, refuse_bad_state
+from mlpkit.guard.losses import Loss, own_loss, resolve
+from mlpkit.guard.record import SkipRecord, StepResult, Window
+from mlpkit.guard.replay import MicroBatch, random_state
+from mlpkit.guard.scale import LossScale, ScaleChange, check_scale
+from mlpkit.guard.state import Buffers, OptimizerCopy, parameters_of, state_of
+
+
+class TrainStep:
+    """One training step of any module, loss and optimizer that Inf and NaN cannot ruin.
+
+    Same as ``zero_grad``, ``loss(model(inputs), target).backward()``, ``clip_grad_norm_``, ``optimizer.step()`` and
+    ``scheduler.step()``, under autocast and a loss scale for half precision, with one promise more: a batch that makes
+    Inf or NaN, in the forward, the loss, the gradients or the update itself, leaves parameters, optimizer state, step
+    counts, scheduler and registered buffers bit for bit as they were. Random numbers stay consumed, the loss scale
+    backs off where its gradients overflowed, and a ``SkipRecord`` names the culprit.
+
+    loss: ``cross_entropy | bce | mse | l1 | huber | log_mse``, a callable (output, target), or None: ``output.loss``.
+    precision: ``"fp32"`` as the model is; ``"fp16"``, ``"bf16"``: autocast over float32 parameters. clip_norm: largest
+    global gradient norm. accumulate: calls that make one step, their losses averaged. scheduler: moves on taken steps.
+    init_scale: first loss scale (fp16), or a ``LossScale``. on_nonfinite: ``"skip"``, or ``"raise"`` NonFiniteError.
+
+    Raises ArgumentError, DtypeError or DeviceError, here or at a call, for parts that do not fit, and NonFiniteError
+    naming a parameter, optimizer state or buffer that held Inf or NaN before the step: that is never skipped over.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | Loss | None,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: str = "fp32",
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        scheduler: Any = None,
+        init_scale: float | LossScale = 65536.0,
+        on_nonfinite: str = "skip",
+    ) -> None:
+        checks.check_options(precision, clip_norm, accumulate, on_nonfinite)
+        self._loss_scale = checks.loss_scale(precision, init_scale)
+        self._device = checks.check_parts(model, optimizer, scheduler, precision)
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.precision, self.clip_norm, self.accumulate = precision, clip_norm, accumulate
+        self.on_nonfinite = on_nonfinite
+        self.records: list[SkipRecord] = []
+        self.steps = 0  # taken and skipped
+        self.skipped = 0
+        self._loss = resolve(loss)
+        self._buffers = Buffers(model)
+        self._saved = OptimizerCopy(optimizer)
+        self._batches: list[MicroBatch] = []
+        self._live_buffers: list[Tensor] = []
+        self._window = Window()
+
+    @property
+    def scale(self) -> float:
+        """The loss scale of the next step; 1 unless precision is fp16."""
+        return self._loss_scale.value if self._loss_scale else 1.0
+
+    @property
+    def scale_changes(self) -> list[ScaleChange]:
+        """Every growth and back-off of the loss scale."""
+        return self._loss_scale.changes if self._loss_scale else []
+
+    @property
+    def syncs(self) -> int:
+        """Flags that a clean step reads from the device: one on CUDA, none on the CPU, where there is no waiting."""
+        return int(self._device.type == "cuda")
+
+    def __call__(self, inputs: Tensor | Sequence[Any] | Mapping[str, Any], target: Any = None) -> StepResult:
+        """Take one step, or with ``accumulate`` a part of one; inputs: a tensor, or a tuple or dict of arguments."""
+        if self._loss is None and target is not None:
+            raise ArgumentError(
+                "TrainStep: a target came, but loss=None takes the output's .loss; put it into the inputs"
+            )
+        checks.check_settings(self.optimizer)
+        if not self._batches:
+            self._window = Window()
+            self._clear_gradients()
+            self._buffers.take()
+        result = StepResult(self._forward_backward(inputs, target), self.scale, self._window)
+        if len(self._batches) == self.accumulate:
+            self._finish()
+        return result
+
+    def _forward_backward(self, inputs: Any, target: Any) -> Tensor:
+        before = random_state(self._device)
+        try:
+            with self._autocast():
+                output = call(self.model, inputs)
+                loss = checks.check_loss(own_loss(output) if self._loss is None else self._loss(output, target))
+            factor = self.scale / self.accumulate
+            (loss if factor == 1 else _wide(loss) * factor).backward()  # type: ignore[no-untyped-call]
+            self._live_buffers = self._buffers.checked()
+        except BaseException:
+            self._abandon()
+            raise
+        self._batches.append(MicroBatch(inputs, target, loss.detach(), before))
+        return loss.detach()
+
+    def _finish(self) -> None:
+        """Decide on the whole step, then let it stand or put everything back."""
+        step, scale = self.steps, self.scale
+        try:
+            record = self._decide()
+        except BaseException:
+            self._abandon()
+            raise
+        self._saved.keep()
+        self._batches = []
+        self._window.done, self._window.record = True, record
+        self.steps += 1
+        if record is None:
+            self._after_update(step)
+        else:
+            self._after_skip(record)
+        culprit = record.culprit if record else None
+        saved = len(parameters_of(self.optimizer))
+        announce("step", step=step, skipped=record is not None, culprit=culprit, scale=scale, parameters=saved)
+        if record is not None and self.on_nonfinite == "raise":
+            raise NonFiniteError(str(record))
+
+    def _decide(self) -> SkipRecord | None:
+        """None when the update was made and is finite; otherwise the record, with everything put back."""
+        names = parameter_names(self.model)
+        parameters = [(names[id(parameter)], parameter) for parameter in parameters_of(self.optimizer)]
+        evidence = Evidence(parameters, self._batches, self._buffers)
+        flags = self._prepare_gradients(evidence) + census.suspicious(self._live_buffers)
+        # On the CPU a flag costs nothing to read; on a device one is read, after the update.
+        if self._device.type == "cpu" and census.any_raised(flags):
+            verdict = evidence.verdict()
+            if verdict:
+                return self._roll_back(evidence, verdict)
+            flags = []
+        self._saved.take()
+        evidence.updated = True
+        try:
+            self.optimizer.step()
+        except Exception:
+            # An optimizer may itself refuse bad gradients; what it refuses otherwise is the caller's to see.
+            verdict = evidence.verdict()
+            if not verdict:
+                raise
+            return self._roll_back(evidence, verdict)
+        evidence.state = list(state_of(self.optimizer, names))
+        flags += census.suspicious([tensor for _, tensor in parameters + evidence.state])
+        verdict = evidence.verdict() if census.any_raised(flags) else None
+        return self._roll_back(evidence, verdict) if verdict else None
+
+    def _prepare_gradients(self, evidence: Evidence) -> list[Tensor]:
+        """Unscale and clip in place; the flags say whether a loss or the gradients' norm is Inf or NaN."""
+        evidence.gradients = checks.check_gradients(evidence.parameters)
+        gradients = [gradient for _, gradient in evidence.gradients]
+        on_cpu = self._device.type == "cpu"
+        norm = census.global_norm(gradients, exact=self.clip_norm is not None or not on_cpu)
+        if on_cpu and not torch.isfinite(norm) and first_bad(evidence.gradients) is None:
+            norm = norm.new_tensor(census.scaled_norm(gradients))
+        evidence.norm = self._window.norm = norm = norm / self.scale
+        finite = torch.isfinite(norm)
+        factor = torch.full_like(norm, 1 / self.scale)
+        if self.clip_norm is not None:
+            factor = factor * (self.clip_norm / norm).clamp(max=1.0)
+        # Bad gradients stay as they are, so that an Inf is still an Inf when the culprit is looked for.
+        factor = torch.where(finite, factor, 1.0)
+        if self.scale != 1 or (self.clip_norm is not None and not (on_cpu and factor == 1)):
+            census.multiply(gradients, factor)
+        return [~finite, *(~torch.isfinite(batch.loss) for batch in self._batches)]
+
+    def _roll_back(self, evidence: Evidence, verdict: tuple[str, Finding, int]) -> SkipRecord:
+        """Put everything back and name the culprit; raises NonFiniteError when the state was bad before the step."""
+        self._restore()
+        refuse_bad_state(self.model, self.optimizer, self._buffers)
+
+        def trace_forward(batch: MicroBatch, finding: Finding) -> tuple[str, str, Finding, str]:
+            return forward_culprit(self.model, batch, finding, self._device, call, self._autocast)
+
+        record = make_record(self.steps, verdict, evidence, self.scale, trace_forward)
+        if self._loss_scale and self._loss_scale.at_floor and record.where == "gradient":
+            record = replace(record, note="The scale is at its floor: these gradients overflow without its help.")
+        return record
+
+    def _after_update(self, step: int) -> None:
+        if self._loss_scale:
+            self._loss_scale.step_taken(step)
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def _after_skip(self, record: SkipRecord) -> None:
+        self.records.append(record)
+        self.skipped += 1
+        # Only scaled gradients are the scale's doing: an Inf in the forward comes back at any scale.
+        if self._loss_scale and record.where == "gradient":
+            self._loss_scale.overflowed(record.step)
+
+    def _abandon(self) -> None:
+        """After an error: put everything back and forget the step."""
+        self._restore()
+        self._batches = []
+
+    def _restore(self) -> None:
+        self._saved.restore()
+        self._buffers.restore()
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        for parameter in (*self.model.parameters(), *parameters_of(self.optimizer)):
+            parameter.grad = None
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = checks.PRECISIONS[self.precision]
+        return torch.autocast(self._device.type, dtype) if dtype else nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and loss scale, plain numbers; model, optimizer and scheduler save their own."""
+        clean = self._loss_scale.clean_steps if self._loss_scale else 0
+        scale = self._loss_scale.value if self._loss_scale else None
+        return {"version": 1, "steps": self.steps, "skipped": self.skipped, "scale": scale, "clean_steps": clean}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``; a step under way is abandoned. Raises ArgumentError for a state that is none."""
+        missing = [key for key in ("version", "steps", "skipped", "scale", "clean_steps") if key not in state]
+        if missing or state["version"] != 1:
+            raise ArgumentError(f"TrainStep.load_state_dict: not a state of version 1 (missing: {', '.join(missing)})")
+        if self._loss_scale and state["scale"] is not None:
+            value = check_scale("TrainStep.load_state_dict: scale", state["scale"])
+            self._loss_scale.value = value
+            self._loss_scale.clean_steps = int(state["clean_steps"])
+        if self._batches:
+            self._abandon()
+        self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """``model(**inputs)`` for a dict, ``model(*inputs)`` for a tuple or list, else ``model(inputs)``."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _wide(loss: Tensor) -> Tensor:
+    # A half-precision loss would overflow when scaled.
+    return loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
