@@ -1,4 +1,5 @@
-// The pybind11 module mlpkit._C: importing it registers the operators; what it exports is the quick eager path and facts about the build.
+// The pybind11 module mlpkit._C: importing it registers the operators; what it exports is the quick eager path and
+// facts about the build.
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
@@ -10,9 +11,9 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of mlpkit.";
-  m.def("linear_act_dropout", &mlpkit::linear_act_dropout, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slope"),
-        py::arg("seed"), py::arg("activation"), py::arg("negative_slope"), py::arg("p"), py::arg("stream"),
-        py::call_guard<py::gil_scoped_release>());
+  m.def("linear_act_dropout", &mlpkit::linear_act_dropout, py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("slope"), py::arg("seed"), py::arg("activation"), py::arg("negative_slope"), py::arg("p"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 
   m.def("cpu_capability", [] { return mlpkit::cpu::capability_name(mlpkit::cpu::capability()); });
   m.def("cpu_capabilities", &mlpkit::cpu::supported_capabilities);
@@ -21,7 +22,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "philox4x32",
       [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
-        const mlpkit::Words words = mlpkit::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+        const mlpkit::Words words =
+            mlpkit::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
         return std::array<uint32_t, 4>{words.v[0], words.v[1], words.v[2], words.v[3]};
       },
       py::arg("counter"), py::arg("key"));

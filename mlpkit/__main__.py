@@ -11,8 +11,8 @@ from mlpkit import __version__
 
 def facts() -> dict[str, str]:
     """Build and machine in words; raises BuildError where the extension is missing or was built for another torch."""
-    from mlpkit._ext import _C
     from mlpkit import _build_config as built
+    from mlpkit._ext import _C
 
     cuda = "not built"
     if built.CUDA:

@@ -17,7 +17,7 @@ def _load() -> ModuleType:
         from mlpkit import _build_config
     except ImportError as error:
         raise BuildError(f"mlpkit's native extension is not built; from its source folder run: {REBUILD}") from error
-    if _build_config.TORCH_VERSION != torch.__version__:
+    if torch.__version__ != _build_config.TORCH_VERSION:
         raise BuildError(
             f"mlpkit was built for torch {_build_config.TORCH_VERSION}, but torch {torch.__version__} is imported; "
             f"from mlpkit's source folder run: {REBUILD}"
@@ -25,7 +25,9 @@ def _load() -> ModuleType:
     try:
         return importlib.import_module("mlpkit._C")
     except ImportError as error:
-        raise BuildError(f"mlpkit's native extension cannot be loaded ({error}); from its source folder run: {REBUILD}") from error
+        raise BuildError(
+            f"mlpkit's native extension cannot be loaded ({error}); from its source folder run: {REBUILD}"
+        ) from error
 
 
 _C = _load()

@@ -1,4 +1,4 @@
-"""The ``mlpkit`` command: one group; each area brings its commands in ``<area>/_commands.py``, imported on first use."""
+"""The ``mlpkit`` command: each area brings its commands in ``<area>/_commands.py``, imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every error mlpkit raises on purpose. Each inherits from ``MlpkitError`` and from the built-in class a caller would expect."""
+"""Every error mlpkit raises on purpose: each is a ``MlpkitError`` and the built-in class a caller would expect."""
 
 from __future__ import annotations
 

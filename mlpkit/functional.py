@@ -28,17 +28,17 @@ def linear_act_dropout(
 ) -> Tensor:
     """Same as ``dropout(act(linear(x, weight, bias)), p, training)`` in one pass.
 
-    x: (..., in_features); weight: (out_features, in_features); bias: (out_features,); returns (..., out_features) in x's
-    dtype: float64, float32, bfloat16 or float16, summed and activated in float32 (float64 for float64) and rounded once.
-    Under autocast the arguments take the context's dtype.
+    x: (..., in_features); weight: (out_features, in_features); bias: (out_features,); returns (..., out_features).
+    All in x's dtype, float64, float32, bfloat16 or float16: summed and activated in float32 (float64 for float64), then
+    rounded once. Under autocast the arguments take the context's dtype.
 
     activation: identity, relu, leaky_relu, prelu, gelu, gelu_tanh, silu, sigmoid or tanh. slope: leaky_relu's float
     (0.01), or prelu's tensor of 1 or out_features elements, which gets its gradient. p: probability to drop an element;
     the survivors are scaled so that the mean is exact (Srivastava et al. 2014, inverted scaling).
 
     seed: an int, or an int64 tensor (seed, offset) on x's device; drawn with ``torch.randint`` when not given, so that
-    ``torch.manual_seed`` repeats a run. stream: tells apart layers that share a seed. The mask depends on seed, offset, stream
-    and the element's row and column alone: docs/masks.md.
+    ``torch.manual_seed`` repeats a run. stream: tells apart layers that share a seed. The mask depends on seed, offset,
+    stream and the element's row and column alone: docs/masks.md.
 
     Raises ShapeError, DtypeError, DeviceError or ArgumentError, each naming the argument. Differentiable once.
     """
@@ -46,16 +46,19 @@ def linear_act_dropout(
         p = 0.0
     slope_tensor = slope if isinstance(slope, Tensor) else None
     negative_slope = DEFAULT_NEGATIVE_SLOPE if slope is None or slope_tensor is not None else float(slope)
+    result: Tensor
     if torch.compiler.is_compiling():
         _check(x, weight, bias, activation, slope, p, seed, stream)
         drawn = _seed(seed, x) if p > 0.0 else None
-        result: Tensor = dispatched(x, weight, bias, slope_tensor, drawn, activation, negative_slope, p, stream)
+        result = dispatched(x, weight, bias, slope_tensor, drawn, activation, negative_slope, p, stream)
         return result
     try:
         drawn = _seed(seed, x) if p > 0.0 else None
-        return eager(x, weight, bias, slope_tensor, drawn, activation, negative_slope, p, stream)
+        result = eager(x, weight, bias, slope_tensor, drawn, activation, negative_slope, p, stream)
+        return result
     except Exception:
-        _check(x, weight, bias, activation, slope, p, seed, stream)  # the native check was quick; this one says it in the user's words
+        # The native checks are quick; these name the argument in the user's words.
+        _check(x, weight, bias, activation, slope, p, seed, stream)
         raise
 
 
@@ -84,7 +87,9 @@ def _check(
 ) -> None:
     """Raise the error that names the argument, what it was and what it must be."""
     if activation not in ACTIVATIONS:
-        raise ArgumentError(f"linear_act_dropout: activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+        raise ArgumentError(
+            f"linear_act_dropout: activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}"
+        )
     if not 0.0 <= p <= 1.0 or math.isnan(p):
         raise ArgumentError(f"linear_act_dropout: p is {p}; it must lie in [0, 1]")
     if not 0 <= stream < 2**32:
@@ -103,7 +108,9 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0:
         raise ShapeError("linear_act_dropout: x has no dimensions; it must be (..., in_features)")
     if weight.dim() != 2:
-        raise ShapeError(f"linear_act_dropout: weight has shape {tuple(weight.shape)}; it must be (out_features, in_features)")
+        raise ShapeError(
+            f"linear_act_dropout: weight has shape {tuple(weight.shape)}; it must be (out_features, in_features)"
+        )
     if x.shape[-1] != weight.shape[1]:
         raise ShapeError(
             f"linear_act_dropout: x has {x.shape[-1]} features, weight {tuple(weight.shape)} wants {weight.shape[1]}"
@@ -115,13 +122,17 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _check_slope(activation: str, slope: float | Tensor | None, weight: Tensor) -> None:
     if activation == "prelu":
         if not isinstance(slope, Tensor):
-            raise ArgumentError(f"linear_act_dropout: slope is {slope!r}; prelu wants a tensor of 1 or out_features elements")
+            raise ArgumentError(
+                f"linear_act_dropout: slope is {slope!r}; prelu wants a tensor of 1 or out_features elements"
+            )
         if slope.dim() > 1 or slope.numel() not in (1, weight.shape[0]):
             raise ShapeError(
                 f"linear_act_dropout: slope has shape {tuple(slope.shape)}; it must have 1 or {weight.shape[0]} elements"
             )
     elif isinstance(slope, Tensor):
-        raise ArgumentError(f"linear_act_dropout: slope is a tensor; {activation} takes a float or none, prelu a tensor")
+        raise ArgumentError(
+            f"linear_act_dropout: slope is a tensor; {activation} takes a float or none, prelu a tensor"
+        )
     elif slope is not None and activation != "leaky_relu":
         raise ArgumentError(f"linear_act_dropout: slope is {slope!r}; {activation} takes none")
 

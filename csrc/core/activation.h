@@ -1,5 +1,5 @@
-// Activations and their slopes, each formula once (core; host and device). F is float, double or a SIMD vector of floats.
-// Every function takes `a`, the negative slope, which only leaky_relu and prelu read.
+// Activations and their slopes, each formula once (core; host and device). F is float, double or a SIMD vector of
+// floats. Every function takes `a`, the negative slope, which only leaky_relu and prelu read.
 #pragma once
 #include "core/macros.h"
 #include "core/math.h"
@@ -19,54 +19,78 @@ MLPKIT_BEGIN_ISA
 struct Identity {
   static constexpr Needs needs = Needs::nothing;
   template <class F>
-  MLPKIT_HD static F value(F z, F) { return z; }
+  MLPKIT_HD static F value(F z, F) {
+    return z;
+  }
   template <class F>
-  MLPKIT_HD static F slope(F, F) { return F{} + 1.f; }
+  MLPKIT_HD static F slope(F, F) {
+    return F{} + 1.f;
+  }
 };
 
 // relu(z) = max(z, 0), relu'(0) = 0; NaN passes in both directions
 struct Relu {
   static constexpr Needs needs = Needs::sign;
   template <class F>
-  MLPKIT_HD static F value(F z, F) { return z <= 0.f ? 0.f : z; }
+  MLPKIT_HD static F value(F z, F) {
+    return z <= 0.f ? 0.f : z;
+  }
   template <class F>
-  MLPKIT_HD static F slope(F z, F) { return z <= 0.f ? F{} : F{} + 1.f; }
+  MLPKIT_HD static F slope(F z, F) {
+    return z <= 0.f ? F{} : F{} + 1.f;
+  }
 };
 
 // leaky_relu(z) = z if z > 0, a z otherwise
 struct LeakyRelu {
   static constexpr Needs needs = Needs::sign;
   template <class F>
-  MLPKIT_HD static F value(F z, F a) { return z > 0.f ? z : a * z; }
+  MLPKIT_HD static F value(F z, F a) {
+    return z > 0.f ? z : a * z;
+  }
   template <class F>
-  MLPKIT_HD static F slope(F z, F a) { return z > 0.f ? F{} + 1.f : a; }
+  MLPKIT_HD static F slope(F z, F a) {
+    return z > 0.f ? F{} + 1.f : a;
+  }
 };
 
 // prelu(z) = z if z > 0, a z otherwise; d prelu / d a = min(z, 0)
 struct Prelu {
   static constexpr Needs needs = Needs::preactivation;
   template <class F>
-  MLPKIT_HD static F value(F z, F a) { return z > 0.f ? z : a * z; }
+  MLPKIT_HD static F value(F z, F a) {
+    return z > 0.f ? z : a * z;
+  }
   template <class F>
-  MLPKIT_HD static F slope(F z, F a) { return z > 0.f ? F{} + 1.f : a; }
+  MLPKIT_HD static F slope(F z, F a) {
+    return z > 0.f ? F{} + 1.f : a;
+  }
   template <class F>
-  MLPKIT_HD static F slope_by_a(F z) { return z > 0.f ? 0.f : z; }
+  MLPKIT_HD static F slope_by_a(F z) {
+    return z > 0.f ? 0.f : z;
+  }
 };
 
 // gelu(z) = z Phi(z),  gelu'(z) = Phi(z) + z phi(z)
 struct Gelu {
   static constexpr Needs needs = Needs::preactivation;
   template <class F>
-  MLPKIT_HD static F value(F z, F) { return z * math::normal_cdf(z); }
+  MLPKIT_HD static F value(F z, F) {
+    return z * math::normal_cdf(z);
+  }
   template <class F>
-  MLPKIT_HD static F slope(F z, F) { return math::normal_cdf(z) + z * (math::constant<F>(0.3989422804014327) * math::exp(z * z * -0.5f)); }
+  MLPKIT_HD static F slope(F z, F) {
+    return math::normal_cdf(z) + z * (math::constant<F>(0.3989422804014327) * math::exp(z * z * -0.5f));
+  }
 };
 
 // gelu_tanh(z) = z (1 + tanh u) / 2,  u = sqrt(2 / pi) (z + 0.044715 z^3)
 struct GeluTanh {
   static constexpr Needs needs = Needs::preactivation;
   template <class F>
-  MLPKIT_HD static F value(F z, F) { return 0.5f * z * (1.f + math::tanh(inner(z))); }
+  MLPKIT_HD static F value(F z, F) {
+    return 0.5f * z * (1.f + math::tanh(inner(z)));
+  }
   template <class F>
   MLPKIT_HD static F slope(F z, F) {
     const F t = math::tanh(inner(z));
@@ -85,7 +109,9 @@ struct GeluTanh {
 struct Silu {
   static constexpr Needs needs = Needs::preactivation;
   template <class F>
-  MLPKIT_HD static F value(F z, F) { return z * math::sigmoid(z); }
+  MLPKIT_HD static F value(F z, F) {
+    return z * math::sigmoid(z);
+  }
   template <class F>
   MLPKIT_HD static F slope(F z, F) {
     const F s = math::sigmoid(z);
@@ -97,7 +123,9 @@ struct Silu {
 struct Sigmoid {
   static constexpr Needs needs = Needs::preactivation;
   template <class F>
-  MLPKIT_HD static F value(F z, F) { return math::sigmoid(z); }
+  MLPKIT_HD static F value(F z, F) {
+    return math::sigmoid(z);
+  }
   template <class F>
   MLPKIT_HD static F slope(F z, F) {
     const F s = math::sigmoid(z);
@@ -109,7 +137,9 @@ struct Sigmoid {
 struct Tanh {
   static constexpr Needs needs = Needs::preactivation;
   template <class F>
-  MLPKIT_HD static F value(F z, F) { return math::tanh(z); }
+  MLPKIT_HD static F value(F z, F) {
+    return math::tanh(z);
+  }
   template <class F>
   MLPKIT_HD static F slope(F z, F) {
     const F t = math::tanh(z);
@@ -121,15 +151,24 @@ struct Tanh {
 template <class Body>
 MLPKIT_HD void visit_activation(Activation activation, Body&& body) {
   switch (activation) {
-    case Activation::identity: return body(Identity{});
-    case Activation::relu: return body(Relu{});
-    case Activation::leaky_relu: return body(LeakyRelu{});
-    case Activation::prelu: return body(Prelu{});
-    case Activation::gelu: return body(Gelu{});
-    case Activation::gelu_tanh: return body(GeluTanh{});
-    case Activation::silu: return body(Silu{});
-    case Activation::sigmoid: return body(Sigmoid{});
-    case Activation::tanh: return body(Tanh{});
+    case Activation::identity:
+      return body(Identity{});
+    case Activation::relu:
+      return body(Relu{});
+    case Activation::leaky_relu:
+      return body(LeakyRelu{});
+    case Activation::prelu:
+      return body(Prelu{});
+    case Activation::gelu:
+      return body(Gelu{});
+    case Activation::gelu_tanh:
+      return body(GeluTanh{});
+    case Activation::silu:
+      return body(Silu{});
+    case Activation::sigmoid:
+      return body(Sigmoid{});
+    case Activation::tanh:
+      return body(Tanh{});
   }
 }
 

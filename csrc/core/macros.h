@@ -1,5 +1,5 @@
-// What every file of core needs: host+device marking, and a namespace that differs for each instruction set, so that the linker can never
-// hand the AVX-512 copy of an inline function to a machine without AVX-512.
+// What every file of core needs: host+device marking, and a namespace that differs for each instruction set, so that
+// the linker can never hand the AVX-512 copy of an inline function to a machine without AVX-512.
 #pragma once
 #include <cstdint>
 

@@ -1,6 +1,6 @@
 // Elementary functions, written once for a float, a double or a SIMD vector of floats (core; host and device).
-// The float versions are plain polynomials without branches or tables, so the same text vectorises and runs on a GPU; each errs by less
-// than 2 ulp of its result (tested against fp64). NaN stays NaN and overflow becomes Inf.
+// The float versions are plain polynomials without branches or tables, so the same text vectorises and runs on a GPU;
+// each errs by less than 2 ulp of its result (tested against fp64). NaN stays NaN and overflow becomes Inf.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -90,7 +90,8 @@ MLPKIT_HD F sigmoid(F x) {
 }
 MLPKIT_HD double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 
-// Phi(x) = (1 + erf(x / sqrt 2)) / 2 = erfc(-x / sqrt 2) / 2; the tail is exp of a polynomial, so Phi(-6) has no cancellation
+// Phi(x) = (1 + erf(x / sqrt 2)) / 2 = erfc(-x / sqrt 2) / 2; the tail is exp of a polynomial, so Phi(-6) has no
+// cancellation
 template <class F>
 MLPKIT_HD F normal_cdf(F x) {
   const F u = x * 0.70710678f;

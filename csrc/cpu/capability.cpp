@@ -13,7 +13,8 @@ constexpr Capability kAll[] = {Capability::basic, Capability::avx2, Capability::
 bool supported(Capability capability) {
 #if defined(__x86_64__)
   switch (capability) {
-    case Capability::basic: return true;
+    case Capability::basic:
+      return true;
     case Capability::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     case Capability::avx512:
@@ -37,7 +38,8 @@ Capability from_name(const std::string& name, const char* source) {
 }
 
 Capability initial() {
-  if (const char* name = std::getenv("MLPKIT_CPU_CAPABILITY"); name && *name) return from_name(name, "MLPKIT_CPU_CAPABILITY");
+  if (const char* name = std::getenv("MLPKIT_CPU_CAPABILITY"); name && *name)
+    return from_name(name, "MLPKIT_CPU_CAPABILITY");
   Capability best = Capability::basic;
   for (Capability capability : kAll)
     if (supported(capability)) best = capability;
@@ -55,9 +57,12 @@ Capability capability() { return static_cast<Capability>(current().load(std::mem
 
 const char* capability_name(Capability capability) {
   switch (capability) {
-    case Capability::avx512: return "avx512";
-    case Capability::avx2: return "avx2";
-    case Capability::basic: break;
+    case Capability::avx512:
+      return "avx512";
+    case Capability::avx2:
+      return "avx2";
+    case Capability::basic:
+      break;
   }
   return "default";
 }

@@ -1,5 +1,6 @@
-// The element-wise halves of linear_act_dropout on the CPU, one pass each over a region of the (rows, cols) output (cpu).
-// C is the compute type: double where T is double, float otherwise. A region starts at a multiple of 16 in both directions.
+// The element-wise halves of linear_act_dropout on the CPU, one pass each over a region of the (rows, cols) output
+// (cpu). C is the compute type: double where T is double, float otherwise. A region starts at a multiple of 16 in both
+// directions.
 #pragma once
 #include <cstddef>
 
@@ -16,18 +17,18 @@ struct Region {  // of a (total_rows, total_cols) output
 
 struct ActDropoutForward {  // y = act(z) * mask * scale,  z = product + bias
   Region region;
-  Dtype dtype;             // T
+  Dtype dtype;  // T
   Activation activation;
   Dropout dropout;
   double negative_slope;
-  const void* product;     // [region.rows, region.cols], C, row stride product_stride: x W^T of the region
+  const void* product;  // [region.rows, region.cols], C, row stride product_stride: x W^T of the region
   int64_t product_stride;
-  const void* bias;        // [total_cols], C, or nullptr
-  const void* slope;       // [total_cols], C: prelu's; otherwise nullptr
-  void* y;                 // [total_rows, total_cols], T
-  void* z;                 // [total_rows, total_cols], T, or nullptr where backward does not need it
-  uint16_t* keep;          // [row tiles, col tiles, 16 rows]: bit c of a row is set where the element is kept (and, for relu, lives)
-  uint16_t* positive;      // same shape: set where z > 0 (leaky_relu); otherwise nullptr
+  const void* bias;    // [total_cols], C, or nullptr
+  const void* slope;   // [total_cols], C: prelu's; otherwise nullptr
+  void* y;             // [total_rows, total_cols], T
+  void* z;             // [total_rows, total_cols], T, or nullptr where backward does not need it
+  uint16_t* keep;      // [row tiles, col tiles, 16 rows]: bit c is set where an element is kept (relu: and lives)
+  uint16_t* positive;  // same shape: set where z > 0 (leaky_relu); otherwise nullptr
 };
 
 struct ActDropoutBackward {  // dz = dy * mask * scale * act'(z)
@@ -36,14 +37,14 @@ struct ActDropoutBackward {  // dz = dy * mask * scale * act'(z)
   Activation activation;
   Dropout dropout;
   double negative_slope;
-  const void* dy;          // [total_rows, total_cols], T
-  const void* z;           // as saved by the forward pass
-  const void* slope;       // as given to the forward pass
-  const uint16_t* keep;    // as saved by the forward pass
+  const void* dy;        // [total_rows, total_cols], T
+  const void* z;         // as saved by the forward pass
+  const void* slope;     // as given to the forward pass
+  const uint16_t* keep;  // as saved by the forward pass
   const uint16_t* positive;
-  void* dz;                // [total_rows, total_cols], C
-  void* dbias;             // [total_cols], C: the region's column sums of dz are added, or nullptr
-  void* dslope;            // [total_cols], C: the region's column sums of dy * mask * scale * min(z, 0) are added, or nullptr
+  void* dz;      // [total_rows, total_cols], C
+  void* dbias;   // [total_cols], C: the region's column sums of dz are added, or nullptr
+  void* dslope;  // [total_cols], C: the region's column sums of dy * mask * scale * min(z, 0) are added, or nullptr
 };
 
 struct Convert {  // to = from, count elements; one of the two dtypes is float32

@@ -1,5 +1,5 @@
-// Bias, activation and dropout in one pass forward; slope, mask, gradient, bias gradient in one pass backward (cpu; compiled once for each
-// instruction set).
+// Bias, activation and dropout in one pass forward; slope, mask, gradient, bias gradient in one pass backward (cpu;
+// compiled once for each instruction set).
 #include "cpu/linear_act_dropout.h"
 
 #include "cpu/mask_tile.h"
@@ -15,17 +15,25 @@ constexpr unsigned kAllKept = 0xffffu;
 template <class Body>
 MLPKIT_HD void visit_dtype(Dtype dtype, Body&& body) {
   switch (dtype) {
-    case Dtype::float64: return body(double{}, double{});
-    case Dtype::float32: return body(float{}, float{});
-    case Dtype::bfloat16: return body(BFloat16{}, float{});
-    case Dtype::float16: return body(Half{}, float{});
+    case Dtype::float64:
+      return body(double{}, double{});
+    case Dtype::float32:
+      return body(float{}, float{});
+    case Dtype::bfloat16:
+      return body(BFloat16{}, float{});
+    case Dtype::float16:
+      return body(Half{}, float{});
   }
 }
 
 template <class T>
-MLPKIT_HD T* at(void* base, int64_t index) { return static_cast<T*>(base) + index; }
+MLPKIT_HD T* at(void* base, int64_t index) {
+  return static_cast<T*>(base) + index;
+}
 template <class T>
-MLPKIT_HD const T* at(const void* base, int64_t index) { return static_cast<const T*>(base) + index; }
+MLPKIT_HD const T* at(const void* base, int64_t index) {
+  return static_cast<const T*>(base) + index;
+}
 
 // Sixteen elements of a row: as many vectors as that takes.
 template <class C>
@@ -60,8 +68,8 @@ struct Row {
   }
 };
 
-// The largest finite value of a storage type. A pre-activation beyond it is saved as that: its slope is the limit's, while an Inf would
-// make the slope 0 * Inf, a NaN that the forward pass never had.
+// The largest finite value of a storage type. A pre-activation beyond it is saved as that: its slope is the limit's,
+// while an Inf would make the slope 0 * Inf, a NaN that the forward pass never had.
 template <class T>
 constexpr float kLargest = 3.4028234e38f;
 template <>
@@ -88,7 +96,8 @@ MLPKIT_HD void each_tile(const Region& region, Body&& body) {
   const int64_t end_row = region.row + region.rows, end_col = region.col + region.cols;
   for (int64_t row = region.row; row < end_row; row += kTile)
     for (int64_t col = region.col; col < end_col; col += kTile)
-      body(Tile{row / kTile * col_tiles + col / kTile, row, col, static_cast<int>(end_row - row < kTile ? end_row - row : kTile),
+      body(Tile{row / kTile * col_tiles + col / kTile, row, col,
+                static_cast<int>(end_row - row < kTile ? end_row - row : kTile),
                 static_cast<int>(end_col - col < kTile ? end_col - col : kTile)});
 }
 
@@ -104,11 +113,15 @@ void forward(const ActDropoutForward& args) {
     Row<C> bias, slope, product, y, z;
     bias.fill(0);
     if (args.bias) bias.read(at<C>(args.bias, tile.col), tile.cols);
-    if (args.slope) slope.read(at<C>(args.slope, tile.col), tile.cols);
-    else slope.fill(static_cast<C>(args.negative_slope));
+    if (args.slope)
+      slope.read(at<C>(args.slope, tile.col), tile.cols);
+    else
+      slope.fill(static_cast<C>(args.negative_slope));
     if (draws) mask.fill(args.dropout, tile.number);
     for (int r = 0; r < tile.rows; ++r) {
-      product.read(at<C>(args.product, (tile.row + r - args.region.row) * args.product_stride + tile.col - args.region.col), tile.cols);
+      product.read(
+          at<C>(args.product, (tile.row + r - args.region.row) * args.product_stride + tile.col - args.region.col),
+          tile.cols);
       const unsigned keep = draws ? mask.keep(r, threshold) : threshold ? 0u : kAllKept;
       unsigned live = 0, positive = 0;
       for (int i = 0; i < Row<C>::count; ++i) {
@@ -143,8 +156,10 @@ void backward(const ActDropoutBackward& args) {
   const C scale = static_cast<C>(args.dropout.scale);
   each_tile(args.region, [&](const Tile& tile) __attribute__((always_inline)) {
     Row<C> slope, dy, z, dz, dbias, dslope;
-    if (args.slope) slope.read(at<C>(args.slope, tile.col), tile.cols);
-    else slope.fill(static_cast<C>(args.negative_slope));
+    if (args.slope)
+      slope.read(at<C>(args.slope, tile.col), tile.cols);
+    else
+      slope.fill(static_cast<C>(args.negative_slope));
     dbias.fill(0);
     dslope.fill(0);
     for (int r = 0; r < tile.rows; ++r) {

@@ -7,8 +7,8 @@ MLPKIT_BEGIN_ISA
 
 class MaskTile {
  public:
-  // All 32 Philox calls of a tile, half a vector of lanes at a time: every 64-bit lane carries one 32-bit word, whose upper half may hold
-  // anything, because the multiplication reads the lower half only.
+  // All 32 Philox calls of a tile, half a vector of lanes at a time: every 64-bit lane carries one 32-bit word, whose
+  // upper half may hold anything, because the multiplication reads the lower half only.
   MLPKIT_HD void fill(const Dropout& dropout, uint64_t tile) {
     constexpr int lanes = kLanes / 2;
     for (int first = 0; first < kMaskLanes; first += lanes) {
@@ -39,14 +39,17 @@ class MaskTile {
     const uint32_t* left = &words_[r >> 3][(r & 7) * 4];
     const uint32_t* right = &words_[(r >> 3) + 2][(r & 7) * 4];
 #if defined(__AVX512BW__)
-    const __m256i bits = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(left))),
-                                                 _mm_load_si128(reinterpret_cast<const __m128i*>(right)), 1);
+    const __m256i bits =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(left))),
+                                _mm_load_si128(reinterpret_cast<const __m128i*>(right)), 1);
     return _mm256_cmpge_epu16_mask(bits, _mm256_set1_epi16(static_cast<short>(threshold)));
 #elif defined(__SSE2__)
     // SSE2 compares signed words only: both sides are shifted by 2^15.
     const __m128i bias = _mm_set1_epi16(-32768), limit = _mm_set1_epi16(static_cast<short>((threshold - 1) ^ 0x8000));
-    const __m128i low = _mm_cmpgt_epi16(_mm_xor_si128(_mm_load_si128(reinterpret_cast<const __m128i*>(left)), bias), limit);
-    const __m128i high = _mm_cmpgt_epi16(_mm_xor_si128(_mm_load_si128(reinterpret_cast<const __m128i*>(right)), bias), limit);
+    const __m128i low =
+        _mm_cmpgt_epi16(_mm_xor_si128(_mm_load_si128(reinterpret_cast<const __m128i*>(left)), bias), limit);
+    const __m128i high =
+        _mm_cmpgt_epi16(_mm_xor_si128(_mm_load_si128(reinterpret_cast<const __m128i*>(right)), bias), limit);
     return static_cast<unsigned>(_mm_movemask_epi8(_mm_packs_epi16(low, high)));
 #else
     unsigned mask = 0;

@@ -1,5 +1,5 @@
-// Vectors of floats for the instruction set this file is compiled for, built on the compiler's own vector types, so that the formulas of
-// core take them as they take a float (cpu). Included by *_kernel.cpp files only.
+// Vectors of floats for the instruction set this file is compiled for, built on the compiler's own vector types, so
+// that the formulas of core take them as they take a float (cpu). Included by *_kernel.cpp files only.
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -116,7 +116,9 @@ MLPKIT_HD void select_lanes(unsigned mask, FloatVec value, FloatVec otherwise, F
   to = ((bit & static_cast<int>(mask)) != 0) ? value : otherwise;
 #endif
 }
-MLPKIT_HD void select_lanes(unsigned mask, double value, double otherwise, double& to) { to = mask & 1 ? value : otherwise; }
+MLPKIT_HD void select_lanes(unsigned mask, double value, double otherwise, double& to) {
+  to = mask & 1 ? value : otherwise;
+}
 
 // The product of the low 32 bits of every 64-bit lane with a constant, whole.
 MLPKIT_HD LongVec multiply_low(LongVec x, uint32_t by) {

@@ -7,18 +7,19 @@
 
 // libtorch_cpu exports the BLAS it was linked with; on builds that do not, these stay null.
 extern "C" {
-__attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*,
-                                  const float*, const int*, const float*, float*, const int*);
-__attribute__((weak)) void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*, const double*, const int*,
-                                  const double*, const int*, const double*, double*, const int*);
+__attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
+                                  const float*, const int*, const float*, const int*, const float*, float*, const int*);
+__attribute__((weak)) void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
+                                  const double*, const int*, const double*, const int*, const double*, double*,
+                                  const int*);
 __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
 }
 
 namespace mlpkit {
 namespace {
 
-// Without a way to keep the library to one thread, its bits could depend on the number of threads: then at::mm inside our own parallel
-// region is what remains.
+// Without a way to keep the library to one thread, its bits could depend on the number of threads: then at::mm inside
+// our own parallel region is what remains.
 bool use_blas() { return sgemm_ && dgemm_ && MKL_Set_Num_Threads_Local; }
 
 // A row-major product is the column-major product of the transposes, in the other order.

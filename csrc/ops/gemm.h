@@ -1,4 +1,5 @@
-// A library matrix product for one tile, row-major and single-threaded, so that its bits do not depend on the number of threads (ops).
+// A library matrix product for one tile, row-major and single-threaded, so that its bits do not depend on the number of
+// threads (ops).
 #pragma once
 #include <c10/core/ScalarType.h>
 
@@ -6,7 +7,7 @@
 
 namespace mlpkit {
 
-struct Gemm {  // c = op(a) op(b);  op(a) is [m, k], op(b) is [k, n], c is [m, n]
+struct Gemm {             // c = op(a) op(b);  op(a) is [m, k], op(b) is [k, n], c is [m, n]
   c10::ScalarType dtype;  // kFloat or kDouble
   bool transpose_a, transpose_b;
   int64_t m, n, k;

@@ -1,4 +1,5 @@
-// linear_act_dropout: schema, checks and C++ autograd (ops). The kernels: linear_act_dropout_cpu.cpp, linear_act_dropout_cuda.cpp.
+// linear_act_dropout: schema, checks and C++ autograd (ops). The kernels: linear_act_dropout_cpu.cpp,
+// linear_act_dropout_cuda.cpp.
 #include "ops/linear_act_dropout.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -14,25 +15,31 @@ struct NamedActivation {
   Activation activation;
 };
 constexpr NamedActivation kActivations[] = {
-    {"identity", Activation::identity}, {"relu", Activation::relu},           {"leaky_relu", Activation::leaky_relu},
-    {"prelu", Activation::prelu},       {"gelu", Activation::gelu},           {"gelu_tanh", Activation::gelu_tanh},
-    {"silu", Activation::silu},         {"sigmoid", Activation::sigmoid},     {"tanh", Activation::tanh}};
+    {"identity", Activation::identity}, {"relu", Activation::relu},       {"leaky_relu", Activation::leaky_relu},
+    {"prelu", Activation::prelu},       {"gelu", Activation::gelu},       {"gelu_tanh", Activation::gelu_tanh},
+    {"silu", Activation::silu},         {"sigmoid", Activation::sigmoid}, {"tanh", Activation::tanh}};
 
 Dtype dtype_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kDouble: return Dtype::float64;
-    case at::kFloat: return Dtype::float32;
-    case at::kBFloat16: return Dtype::bfloat16;
-    case at::kHalf: return Dtype::float16;
-    default: TORCH_CHECK_TYPE(false, "linear_act_dropout: x is ", x.scalar_type(), "; it must be float64, float32, bfloat16 or float16");
+    case at::kDouble:
+      return Dtype::float64;
+    case at::kFloat:
+      return Dtype::float32;
+    case at::kBFloat16:
+      return Dtype::bfloat16;
+    case at::kHalf:
+      return Dtype::float16;
+    default:
+      TORCH_CHECK_TYPE(false, "linear_act_dropout: x is ", x.scalar_type(),
+                       "; it must be float64, float32, bfloat16 or float16");
   }
 }
 
 void check_like(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), "linear_act_dropout: ", name, " is ", tensor.scalar_type(), "; it must be x's ",
-                   x.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device() == x.device(), "linear_act_dropout: ", name, " is on ", tensor.device(), "; it must be on x's ",
-                    x.device());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), "linear_act_dropout: ", name, " is ", tensor.scalar_type(),
+                   "; it must be x's ", x.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), "linear_act_dropout: ", name, " is on ", tensor.device(),
+                    "; it must be on x's ", x.device());
 }
 
 }  // namespace
@@ -53,100 +60,116 @@ std::vector<int64_t> output_sizes(const at::Tensor& x, int64_t cols) {
 }
 
 LinearActDropout check_linear_act_dropout(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                                          const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation, double p,
-                                          int64_t stream) {
+                                          const OptionalTensor& slope, const OptionalTensor& seed,
+                                          std::string_view activation, double p, int64_t stream) {
   LinearActDropout op;
   op.activation = activation_from_name(activation);
   visit_activation(op.activation, [&](auto formula) { op.needs = decltype(formula)::needs; });
   op.dtype = dtype_of(x);
   TORCH_CHECK_VALUE(x.dim() >= 1, "linear_act_dropout: x has no dimensions; it must be (..., in_features)");
-  TORCH_CHECK_VALUE(weight.dim() == 2, "linear_act_dropout: weight has ", weight.dim(), " dimensions; it must be (out_features, in_features)");
+  TORCH_CHECK_VALUE(weight.dim() == 2, "linear_act_dropout: weight has ", weight.dim(),
+                    " dimensions; it must be (out_features, in_features)");
   op.cols = weight.size(0);
   op.depth = weight.size(1);
   op.rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) op.rows *= x.size(i);
-  TORCH_CHECK_VALUE(x.size(-1) == op.depth, "linear_act_dropout: x has ", x.size(-1), " features; weight ", weight.sizes(), " wants ", op.depth);
+  TORCH_CHECK_VALUE(x.size(-1) == op.depth, "linear_act_dropout: x has ", x.size(-1), " features; weight ",
+                    weight.sizes(), " wants ", op.depth);
   check_like("weight", weight, x);
   if (bias) {
     check_like("bias", *bias, x);
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == op.cols, "linear_act_dropout: bias has shape ", bias->sizes(), "; it must be (",
-                      op.cols, ")");
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == op.cols, "linear_act_dropout: bias has shape ",
+                      bias->sizes(), "; it must be (", op.cols, ")");
   }
   TORCH_CHECK_VALUE(slope.has_value() == (op.activation == Activation::prelu), "linear_act_dropout: a slope tensor ",
                     slope ? "was given" : "is missing", "; prelu takes one and the other activations do not");
   if (slope) {
     check_like("slope", *slope, x);
-    TORCH_CHECK_VALUE(slope->dim() <= 1 && (slope->numel() == 1 || slope->numel() == op.cols), "linear_act_dropout: slope has shape ",
-                      slope->sizes(), "; it must have 1 or out_features = ", op.cols, " elements");
+    TORCH_CHECK_VALUE(slope->dim() <= 1 && (slope->numel() == 1 || slope->numel() == op.cols),
+                      "linear_act_dropout: slope has shape ", slope->sizes(),
+                      "; it must have 1 or out_features = ", op.cols, " elements");
   }
   TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, "linear_act_dropout: p is ", p, "; it must lie in [0, 1]");
   op.threshold = dropout_threshold(p);
   op.scale = dropout_scale(op.threshold);
   if (op.draws()) {
-    TORCH_CHECK_VALUE(seed.has_value(), "linear_act_dropout: seed is missing; p = ", p, " needs an int64 tensor (seed, offset)");
-    TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "linear_act_dropout: seed is ", seed->scalar_type(), "; it must be int64");
+    TORCH_CHECK_VALUE(seed.has_value(), "linear_act_dropout: seed is missing; p = ", p,
+                      " needs an int64 tensor (seed, offset)");
+    TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "linear_act_dropout: seed is ", seed->scalar_type(),
+                     "; it must be int64");
     TORCH_CHECK_VALUE(seed->dim() == 1 && seed->size(0) == 2, "linear_act_dropout: seed has shape ", seed->sizes(),
                       "; it must be (2): seed and offset");
-    TORCH_CHECK_VALUE(seed->device() == x.device(), "linear_act_dropout: seed is on ", seed->device(), "; it must be on x's ", x.device());
+    TORCH_CHECK_VALUE(seed->device() == x.device(), "linear_act_dropout: seed is on ", seed->device(),
+                      "; it must be on x's ", x.device());
   }
-  TORCH_CHECK_VALUE(stream >= 0 && stream <= UINT32_MAX, "linear_act_dropout: stream is ", stream, "; it must lie in [0, 2^32)");
+  TORCH_CHECK_VALUE(stream >= 0 && stream <= UINT32_MAX, "linear_act_dropout: stream is ", stream,
+                    "; it must lie in [0, 2^32)");
   return op;
 }
 
 LinearActDropout check_linear_act_dropout_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                                                   const OptionalTensor& slope, const at::Tensor& z, const at::Tensor& bits,
-                                                   std::string_view activation, double p) {
+                                                   const OptionalTensor& slope, const at::Tensor& z,
+                                                   const at::Tensor& bits, std::string_view activation, double p) {
   LinearActDropout op = check_linear_act_dropout(x, weight, std::nullopt, slope, std::nullopt, activation, 0.0, 0);
   TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, "linear_act_dropout_backward: p is ", p, "; it must lie in [0, 1]");
   op.threshold = dropout_threshold(p);
   op.scale = dropout_scale(op.threshold);
   const std::vector<int64_t> sizes = output_sizes(x, op.cols);
   check_like("dy", dy, x);
-  TORCH_CHECK_VALUE(dy.sizes() == at::IntArrayRef(sizes), "linear_act_dropout_backward: dy has shape ", dy.sizes(), "; it must be ",
-                    at::IntArrayRef(sizes));
+  TORCH_CHECK_VALUE(dy.sizes() == at::IntArrayRef(sizes), "linear_act_dropout_backward: dy has shape ", dy.sizes(),
+                    "; it must be ", at::IntArrayRef(sizes));
   if (op.needs == Needs::preactivation) {
     check_like("z", z, x);
-    TORCH_CHECK_VALUE(z.sizes() == dy.sizes() && z.is_contiguous(), "linear_act_dropout_backward: z has shape ", z.sizes(),
-                      "; it must be the forward pass's, ", dy.sizes());
+    TORCH_CHECK_VALUE(z.sizes() == dy.sizes() && z.is_contiguous(), "linear_act_dropout_backward: z has shape ",
+                      z.sizes(), "; it must be the forward pass's, ", dy.sizes());
   }
-  TORCH_CHECK_VALUE(bits.scalar_type() == at::kByte && bits.numel() == op.bits_bytes() && bits.is_contiguous() && bits.device() == x.device(),
-                    "linear_act_dropout_backward: bits has ", bits.numel(), " elements of ", bits.scalar_type(), " on ", bits.device(),
-                    "; it must be the forward pass's, ", op.bits_bytes(), " bytes");
+  TORCH_CHECK_VALUE(bits.scalar_type() == at::kByte && bits.numel() == op.bits_bytes() && bits.is_contiguous() &&
+                        bits.device() == x.device(),
+                    "linear_act_dropout_backward: bits has ", bits.numel(), " elements of ", bits.scalar_type(), " on ",
+                    bits.device(), "; it must be the forward pass's, ", op.bits_bytes(), " bytes");
   return op;
 }
 
 namespace {
 
-using Signature = at::Tensor(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
-                             const OptionalTensor& seed, std::string_view activation, double negative_slope, double p, int64_t stream);
-using ForwardSignature = ForwardResult(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
-                                       const OptionalTensor& seed, std::string_view activation, double negative_slope, double p,
-                                       int64_t stream, bool save);
-using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& slope,
-                                         const at::Tensor& z, const at::Tensor& bits, std::string_view activation, double negative_slope,
-                                         double p, std::array<bool, 4> needs);
+using Signature = at::Tensor(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
+                             double negative_slope, double p, int64_t stream);
+using ForwardSignature = ForwardResult(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                       const OptionalTensor& slope, const OptionalTensor& seed,
+                                       std::string_view activation, double negative_slope, double p, int64_t stream,
+                                       bool save);
+using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                         const OptionalTensor& slope, const at::Tensor& z, const at::Tensor& bits,
+                                         std::string_view activation, double negative_slope, double p,
+                                         std::array<bool, 4> needs);
 
 const auto& forward_op() {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mlpkit::linear_act_dropout_forward", "").typed<ForwardSignature>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mlpkit::linear_act_dropout_forward", "")
+                             .typed<ForwardSignature>();
   return op;
 }
 const auto& backward_op() {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mlpkit::linear_act_dropout_backward", "").typed<BackwardSignature>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mlpkit::linear_act_dropout_backward", "")
+                             .typed<BackwardSignature>();
   return op;
 }
 
 OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 at::Tensor undefined_if_absent(const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); }
 
-at::Tensor inference(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
-                     const OptionalTensor& seed, std::string_view activation, double negative_slope, double p, int64_t stream) {
+at::Tensor inference(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
+                     double negative_slope, double p, int64_t stream) {
   return std::get<0>(forward_op().call(x, weight, bias, slope, seed, activation, negative_slope, p, stream, false));
 }
 
 struct Node : torch::autograd::Function<Node> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                            const OptionalTensor& slope, const OptionalTensor& seed, const std::string& activation, double negative_slope,
-                            double p, int64_t stream) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const OptionalTensor& bias, const OptionalTensor& slope, const OptionalTensor& seed,
+                            const std::string& activation, double negative_slope, double p, int64_t stream) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, z, bits] = forward_op().call(x, weight, bias, slope, seed, activation, negative_slope, p, stream, true);
     ctx->save_for_backward({x, weight, undefined_if_absent(slope), z, bits});
@@ -157,11 +180,13 @@ struct Node : torch::autograd::Function<Node> {
     return y;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     // Absent arguments have no edge, so those behind them move up.
     const bool has_bias = ctx->saved_data["has_bias"].toBool(), has_slope = saved[2].defined();
-    const std::array<bool, 4> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), has_bias && ctx->needs_input_grad(2),
+    const std::array<bool, 4> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                       has_bias && ctx->needs_input_grad(2),
                                        has_slope && ctx->needs_input_grad(has_bias ? 3 : 2)};
     auto [dx, dweight, dbias, dslope] =
         backward_op().call(grads[0], saved[0], saved[1], optional(saved[2]), saved[3], saved[4],
@@ -185,23 +210,28 @@ void refuse_tangent(const char* name, const at::Tensor& tensor) {
 bool requires_grad(const at::Tensor& tensor) { return tensor.requires_grad(); }
 bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
 
-at::Tensor autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
-                    const OptionalTensor& seed, std::string_view activation, double negative_slope, double p, int64_t stream) {
+at::Tensor autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                    const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
+                    double negative_slope, double p, int64_t stream) {
   refuse_tangent("x", x);
   refuse_tangent("weight", weight);
   refuse_tangent("bias", undefined_if_absent(bias));
   refuse_tangent("slope", undefined_if_absent(slope));
-  if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(weight) || requires_grad(bias) || requires_grad(slope)))
+  if (at::GradMode::is_enabled() &&
+      (requires_grad(x) || requires_grad(weight) || requires_grad(bias) || requires_grad(slope)))
     return Node::apply(x, weight, bias, slope, seed, std::string(activation), negative_slope, p, stream);
   at::AutoDispatchBelowADInplaceOrView guard;
   return inference(x, weight, bias, slope, seed, activation, negative_slope, p, stream);
 }
 
-// The backward pass as a node of its own, so that differentiating it says what is missing instead of giving a silent zero.
+// The backward pass as a node of its own, so that differentiating it says what is missing instead of giving a silent
+// zero.
 struct BackwardNode : torch::autograd::Function<BackwardNode> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const at::Tensor& dy, const at::Tensor& x,
-                                                const at::Tensor& weight, const OptionalTensor& slope, const at::Tensor& z,
-                                                const at::Tensor& bits, const std::string& activation, double negative_slope, double p, std::array<bool, 4> needs) {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const at::Tensor& dy,
+                                                const at::Tensor& x, const at::Tensor& weight,
+                                                const OptionalTensor& slope, const at::Tensor& z,
+                                                const at::Tensor& bits, const std::string& activation,
+                                                double negative_slope, double p, std::array<bool, 4> needs) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [dx, dweight, dbias, dslope] =
         backward_op().call(dy, x, weight, slope, z, bits, activation, negative_slope, p, needs);
@@ -214,11 +244,14 @@ struct BackwardNode : torch::autograd::Function<BackwardNode> {
   }
 };
 
-BackwardResult backward_autograd(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& slope,
-                                 const at::Tensor& z, const at::Tensor& bits, std::string_view activation, double negative_slope, double p,
+BackwardResult backward_autograd(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                 const OptionalTensor& slope, const at::Tensor& z, const at::Tensor& bits,
+                                 std::string_view activation, double negative_slope, double p,
                                  std::array<bool, 4> needs) {
-  if (at::GradMode::is_enabled() && (requires_grad(dy) || requires_grad(x) || requires_grad(weight) || requires_grad(slope))) {
-    const auto grads = BackwardNode::apply(dy, x, weight, slope, z, bits, std::string(activation), negative_slope, p, needs);
+  if (at::GradMode::is_enabled() &&
+      (requires_grad(dy) || requires_grad(x) || requires_grad(weight) || requires_grad(slope))) {
+    const auto grads =
+        BackwardNode::apply(dy, x, weight, slope, z, bits, std::string(activation), negative_slope, p, needs);
     return {grads[0], grads[1], grads[2], grads[3]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -227,21 +260,25 @@ BackwardResult backward_autograd(const at::Tensor& dy, const at::Tensor& x, cons
 
 }  // namespace
 
-at::Tensor linear_act_dropout(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
-                              const OptionalTensor& seed, std::string_view activation, double negative_slope, double p, int64_t stream) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("mlpkit::linear_act_dropout", "").typed<Signature>();
+at::Tensor linear_act_dropout(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
+                              double negative_slope, double p, int64_t stream) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mlpkit::linear_act_dropout", "").typed<Signature>();
   return op.call(x, weight, bias, slope, seed, activation, negative_slope, p, stream);
 }
 
 TORCH_LIBRARY_FRAGMENT(mlpkit, m) {
   m.def(
-      "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor? slope, Tensor? seed, str activation, float negative_slope, "
+      "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor? slope, Tensor? seed, str activation, float "
+      "negative_slope, "
       "float p, int stream) -> Tensor");
   m.def(
       "linear_act_dropout_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? slope, Tensor? seed, str activation, "
       "float negative_slope, float p, int stream, bool save) -> (Tensor y, Tensor z, Tensor bits)");
   m.def(
-      "linear_act_dropout_backward(Tensor dy, Tensor x, Tensor weight, Tensor? slope, Tensor z, Tensor bits, str activation, "
+      "linear_act_dropout_backward(Tensor dy, Tensor x, Tensor weight, Tensor? slope, Tensor z, Tensor bits, str "
+      "activation, "
       "float negative_slope, float p, bool[4] needs) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dslope)");
 }
 

@@ -36,19 +36,20 @@ struct LinearActDropout {
 
 // Checks everything that can be checked without reading data; raises ValueError or TypeError.
 LinearActDropout check_linear_act_dropout(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                                          const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation, double p,
-                                          int64_t stream);
+                                          const OptionalTensor& slope, const OptionalTensor& seed,
+                                          std::string_view activation, double p, int64_t stream);
 
 // The same for the backward pass, whose mask comes from `bits`; z, bits and dy must be what the forward pass gives.
 LinearActDropout check_linear_act_dropout_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                                                   const OptionalTensor& slope, const at::Tensor& z, const at::Tensor& bits,
-                                                   std::string_view activation, double p);
+                                                   const OptionalTensor& slope, const at::Tensor& z,
+                                                   const at::Tensor& bits, std::string_view activation, double p);
 
 Activation activation_from_name(std::string_view name);
 
 // The operator, through the dispatcher: what pybind11 exposes as the quick eager path.
-at::Tensor linear_act_dropout(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
-                              const OptionalTensor& seed, std::string_view activation, double negative_slope, double p, int64_t stream);
+at::Tensor linear_act_dropout(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
+                              double negative_slope, double p, int64_t stream);
 
 // sizes of x with the last one replaced by cols
 std::vector<int64_t> output_sizes(const at::Tensor& x, int64_t cols);

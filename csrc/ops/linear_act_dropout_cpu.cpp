@@ -1,4 +1,5 @@
-// linear_act_dropout on the CPU: a library GEMM for each tile of the output, and the element-wise pass while the tile is in cache (ops).
+// linear_act_dropout on the CPU: a library GEMM for each tile of the output, and the element-wise pass while the tile
+// is in cache (ops).
 #include "cpu/linear_act_dropout.h"
 
 #include <ATen/Parallel.h>
@@ -16,8 +17,9 @@
 namespace mlpkit {
 namespace {
 
-// Tiles are fixed by the problem alone, never by the number of threads: every sum is then the same for any of them. 256 x 256 floats are a
-// quarter of a 1 MiB L2. The weight gradient has few tiles and a long sum in each, so its tiles are smaller.
+// Tiles are fixed by the problem alone, never by the number of threads: every sum is then the same for any of them. 256
+// x 256 floats are a quarter of a 1 MiB L2. The weight gradient has few tiles and a long sum in each, so its tiles are
+// smaller.
 constexpr int64_t kTileRows = 256, kTileCols = 256, kGradRows = 64, kGradCols = 256;
 constexpr double kFlopsWorthAThread = 4e5;
 
@@ -27,9 +29,11 @@ struct Block {
   int64_t row, rows, col, cols;
 };
 
-// Calls body(block, scratch) for every tile of a (rows, cols) matrix, in parallel; scratch holds one tile of the compute dtype.
+// Calls body(block, scratch) for every tile of a (rows, cols) matrix, in parallel; scratch holds one tile of the
+// compute dtype.
 template <class Body>
-void each_block(int64_t rows, int64_t cols, int64_t tile_rows, int64_t tile_cols, int64_t depth, c10::ScalarType compute, const Body& body) {
+void each_block(int64_t rows, int64_t cols, int64_t tile_rows, int64_t tile_cols, int64_t depth,
+                c10::ScalarType compute, const Body& body) {
   const int64_t down = ceil_div(rows, tile_rows), across = ceil_div(cols, tile_cols);
   const double tile_flops = 2.0 * std::min(rows, tile_rows) * std::min(cols, tile_cols) * std::max<int64_t>(depth, 16);
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kFlopsWorthAThread / std::max(tile_flops, 1.0)));
@@ -78,8 +82,10 @@ struct Slopes {
   Slopes(const OptionalTensor& slope, double negative_slope, Dtype dtype) : single(negative_slope) {
     if (!slope) return;
     const at::Tensor values = in_compute_dtype(*slope, dtype);
-    if (slope->numel() > 1) by_column = values;
-    else single = dtype == Dtype::float64 ? *values.const_data_ptr<double>() : *values.const_data_ptr<float>();
+    if (slope->numel() > 1)
+      by_column = values;
+    else
+      single = dtype == Dtype::float64 ? *values.const_data_ptr<double>() : *values.const_data_ptr<float>();
   }
 };
 
@@ -110,8 +116,9 @@ Dropout dropout_of(const LinearActDropout& op, const OptionalTensor& seed, int64
   return dropout;
 }
 
-ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& slope,
-                      const OptionalTensor& seed, std::string_view activation, double negative_slope, double p, int64_t stream, bool save) {
+ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
+                      double negative_slope, double p, int64_t stream, bool save) {
   const LinearActDropout op = check_linear_act_dropout(x, weight, bias, slope, seed, activation, p, stream);
   const c10::ScalarType compute = compute_type(op.dtype);
   at::Tensor y = at::empty(output_sizes(x, op.cols), x.options());
@@ -156,8 +163,10 @@ at::Tensor sum_partials(const at::Tensor& partials, const at::Tensor& like, Dtyp
       sums[scalar ? 0 : col] += doubles ? partials.const_data_ptr<double>()[i] : partials.const_data_ptr<float>()[i];
     }
   for (size_t i = 0; i < sums.size(); ++i) {
-    if (doubles) total.mutable_data_ptr<double>()[i] = sums[i];
-    else total.mutable_data_ptr<float>()[i] = static_cast<float>(sums[i]);
+    if (doubles)
+      total.mutable_data_ptr<double>()[i] = sums[i];
+    else
+      total.mutable_data_ptr<float>()[i] = static_cast<float>(sums[i]);
   }
   if (!low_precision(dtype)) return total;
   at::Tensor rounded = at::empty(like.sizes(), like.options());
@@ -166,8 +175,8 @@ at::Tensor sum_partials(const at::Tensor& partials, const at::Tensor& like, Dtyp
 }
 
 // out = op(a) op(b) for a whole matrix in the compute dtype, tile by tile, rounded once to out's dtype.
-void product(const at::Tensor& out, int64_t rows, int64_t cols, int64_t depth, int64_t tile_rows, int64_t tile_cols, Dtype dtype,
-             const std::function<Gemm(const Block&)>& operands) {
+void product(const at::Tensor& out, int64_t rows, int64_t cols, int64_t depth, int64_t tile_rows, int64_t tile_cols,
+             Dtype dtype, const std::function<Gemm(const Block&)>& operands) {
   const c10::ScalarType compute = compute_type(dtype);
   each_block(rows, cols, tile_rows, tile_cols, depth, compute, [&](const Block& block, void* scratch) {
     Gemm g = operands(block);
@@ -185,8 +194,9 @@ void product(const at::Tensor& out, int64_t rows, int64_t cols, int64_t depth, i
   });
 }
 
-BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& slope, const at::Tensor& z,
-                        const at::Tensor& bits, std::string_view activation, double negative_slope, double p, std::array<bool, 4> needs) {
+BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                        const OptionalTensor& slope, const at::Tensor& z, const at::Tensor& bits,
+                        std::string_view activation, double negative_slope, double p, std::array<bool, 4> needs) {
   const LinearActDropout op = check_linear_act_dropout_backward(dy, x, weight, slope, z, bits, activation, p);
   const at::Tensor dys = dy.contiguous();
   const auto options = x.options(), compute_options = options.dtype(compute_type(op.dtype));
@@ -231,14 +241,26 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
     const at::Tensor weights = in_compute_dtype(weight, op.dtype);
     dx = at::empty(x.sizes(), options);
     product(dx, op.rows, op.depth, op.cols, kTileRows, kTileCols, op.dtype, [&](const Block& block) {
-      return Gemm{{}, false, false, 0, 0, 0, at_element(dz, block.row * op.cols), op.cols, at_element(weights, block.col), op.depth, nullptr, 0};
+      return Gemm{{},
+                  false,
+                  false,
+                  0,
+                  0,
+                  0,
+                  at_element(dz, block.row * op.cols),
+                  op.cols,
+                  at_element(weights, block.col),
+                  op.depth,
+                  nullptr,
+                  0};
     });
   }
   if (needs[1]) {
     const at::Tensor inputs = in_compute_dtype(x, op.dtype);
     dweight = at::empty(weight.sizes(), options);
     product(dweight, op.cols, op.depth, op.rows, kGradRows, kGradCols, op.dtype, [&](const Block& block) {
-      return Gemm{{}, true, false, 0, 0, 0, at_element(dz, block.row), op.cols, at_element(inputs, block.col), op.depth, nullptr, 0};
+      return Gemm{{},       true,    false, 0, 0, 0, at_element(dz, block.row), op.cols, at_element(inputs, block.col),
+                  op.depth, nullptr, 0};
     });
   }
   if (needs[2]) dbias = sum_partials(dbias_partials, at::empty({op.cols}, options), op.dtype);

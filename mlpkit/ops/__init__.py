@@ -1,4 +1,4 @@
-"""Op pages: what ``torch.compile`` and autocast must know of each native operator. Importing this package registers them."""
+"""Op pages: what ``torch.compile`` and autocast must know of each operator. Importing the package registers them."""
 
 from mlpkit.ops import linear_act_dropout
 

@@ -1,4 +1,4 @@
-"""Op page of ``linear_act_dropout``: fake kernels and autocast. Schema and autograd: csrc/ops/linear_act_dropout.cpp."""
+"""Op page of ``linear_act_dropout``: fake kernels and autocast. The rest: csrc/ops/linear_act_dropout.cpp."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _bits_bytes(rows: int, cols: int, activation: str, p: float) -> int:
     return planes * ((rows + 15) // 16) * ((cols + 15) // 16) * 32
 
 
-@torch.library.register_fake("mlpkit::linear_act_dropout_forward")
+@torch.library.register_fake("mlpkit::linear_act_dropout_forward")  # type: ignore[untyped-decorator]
 def _forward_fake(
     x: Tensor,
     weight: Tensor,
@@ -45,7 +45,7 @@ def _forward_fake(
     return y, z, bits
 
 
-@torch.library.register_fake("mlpkit::linear_act_dropout_backward")
+@torch.library.register_fake("mlpkit::linear_act_dropout_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(
     dy: Tensor,
     x: Tensor,
@@ -81,6 +81,6 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | No
     return result
 
 
-_library = torch.library.Library("mlpkit", "FRAGMENT")
+_library = torch.library.Library("mlpkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _library.impl("linear_act_dropout", _autocast, _key)
+    _library.impl("linear_act_dropout", _autocast, _key)  # type: ignore[no-untyped-call]
