@@ -9,7 +9,7 @@ from mlpkit.errors import MissingExtraError
 
 
 def require(module: str, wanted_by: str, extras: str = "tune,report") -> Any:
-    """``import module``, or raise MissingExtraError with the pip line; ``wanted_by`` names the feature in the message."""
+    """``import module``, or raise MissingExtraError with the pip line; ``wanted_by`` names the feature."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

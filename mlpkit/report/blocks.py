@@ -68,9 +68,9 @@ class Table:
 class Figure:
     """A Plotly figure with its text alternative.
 
-    plot: {"data": [...], "layout": {...}} in Plotly's JSON form, numpy-free. A colour written "var(--accent)" follows the
-    page's light or dark theme; the names are those of ``theme.css``. alt: one sentence that says what a reader would
-    see. table: the numbers behind the figure, offered closed below it. height in pixels.
+    plot: {"data": [...], "layout": {...}} in Plotly's JSON form, numpy-free. A colour written "var(--accent)" follows
+    the page's light or dark theme; the names are those of ``theme.css``. alt: one sentence that says what a reader
+    would see. table: the numbers behind the figure, offered closed below it. height in pixels.
     """
 
     title: str

@@ -38,7 +38,7 @@ def render_page(
     verdict: plain sentences in the verdict box, the first one large; tone colours the box ("good", "notice", "bad",
     "neutral"). facts: a few key numbers below it. sections: ``Section(title, blocks, intro)`` with blocks Text, Notes,
     Code, Table, Figure and Html; each becomes an entry of the page's contents. data: offered as a JSON download.
-    footer: a last line. Everything but ``Html`` is escaped. Plotly.js (4.8 MB) goes in once, and only if there is a figure.
+    footer: a last line. Everything but ``Html`` is escaped. Plotly.js (4.8 MB) goes in once, where a figure is.
 
     Usage::
 
@@ -55,8 +55,12 @@ def render_page(
         raise ArgumentError(f"render_page: tone is {tone!r}, must be one of {', '.join(_TONES)}")
     figures = any(isinstance(block, Figure) for section in sections for block in section.blocks)
     jinja2 = require("jinja2", "an HTML report", "report")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(cell=_cell, numeric=_is_number, script_json=_script_json, plain_json=_plain_json, slug=_slug)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(
+        cell=_cell, numeric=_is_number, script_json=_script_json, plain_json=_plain_json, slug=_slug
+    )
     page: str = environment.from_string(_resource("template.html")).render(
         kind=kind,
         title=title,
@@ -105,7 +109,7 @@ def _is_number(value: object) -> bool:
 
 def _cell(value: object) -> str:
     if value is None:
-        return "–"
+        return "\N{EN DASH}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -1,0 +1,153 @@
+"""A Run as a page: the sections of the tuning report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlpkit.report import Code, Fact, Notes, Section, Table, Text, render_page
+from mlpkit.tune import plots
+from mlpkit.tune.ladder import Trial
+from mlpkit.tune.verdicts import Tone
+
+if TYPE_CHECKING:
+    from mlpkit.tune.run import Run
+
+
+def render(run: Run) -> str:
+    """The tuning report as one HTML document."""
+    verdicts = run.verdicts
+    return render_page(
+        kind="mlpkit tune",
+        title=f"How deep does {run.estimator.target_name} need to go?",
+        lead=_lead(run),
+        verdict=[verdict.text for verdict in verdicts[:3]],
+        tone=_tone(run),
+        facts=_facts(run),
+        sections=[
+            Section("Ladder", [plots.ladder(run)], _ladder_intro(run)),
+            Section(
+                "Leaderboard", [_leaderboard(run)], "Every candidate on the same folds, best first, with its cost."
+            ),
+            Section("Learning", [plots.curves(run), *_learning_notes(run)], _learning_intro(run)),
+            Section("Folds", [plots.folds(run)], "Each fold is tested by a model that never saw it."),
+            Section("Data", _data(run)),
+            Section("Reproducibility", _reproducibility(run), "What to repeat to get these numbers again."),
+        ],
+        data=run.to_dict(),
+        footer=f"mlpkit {run.to_dict()['environment']['versions']['mlpkit']}. This file needs no network.",
+    )
+
+
+def _tone(run: Run) -> Tone:
+    tones = [verdict.tone for verdict in run.verdicts]
+    worst: Tone = "bad" if "bad" in tones else "notice" if "notice" in tones else "good"
+    return worst
+
+
+def _lead(run: Run) -> str:
+    estimator = run.estimator
+    what = f"{len(estimator.classes)} classes" if estimator.task == "classification" else "a number"
+    return (
+        f"{run.data['rows']:,} rows and {len(estimator.columns)} columns predict {what}."
+        f" {len(run.trials)} networks were compared on the same {run.settings['cv']} folds,"
+        " and a layer had to earn its place by more than one standard error."
+    )
+
+
+def _facts(run: Run) -> list[Fact]:
+    winner, linear = run.winner, run.climb.linear
+    gain = f"linear: {linear.mean:.3f}" if winner is not linear else "the linear model itself"
+    return [
+        Fact("Winner", winner.name, winner.words),
+        Fact("R²" if run.metric == "R2" else "Accuracy", f"{winner.mean:.3f}", f"± {winner.se:.3f} SE; {gain}"),
+        Fact("Parameters", f"{winner.parameters:,}", f"{run.settings['epochs_of_refit']} epochs in the final fit"),
+        Fact("Time", f"{run.seconds:.0f} s", f"of a budget of {run.settings['budget']:g} s"),
+    ]
+
+
+def _ladder_intro(run: Run) -> str:
+    rest = run.verdicts[3:]
+    text = "Points are means over the folds, bars one standard error. A rung replaces the one below it only if it rises"
+    return " ".join([f"{text} above the band.", *(verdict.text for verdict in rest)])
+
+
+def _leaderboard(run: Run) -> Table:
+    linear = run.climb.linear
+    done = sorted((trial for trial in run.trials if trial.state == "complete"), key=lambda trial: -trial.mean)
+    rest = [trial for trial in run.trials if trial.state != "complete"]
+    rows = [_row(trial, linear) for trial in [*done, *rest]]
+    rows += [
+        ["-".join(map(str, hidden)), None, None, None, None, None, None, "not tried"] for hidden in run.climb.untried
+    ]
+    metric = "R²" if run.metric == "R2" else "Accuracy"
+    columns = ["Hidden layers", metric, "SE", "Against linear", "On training rows", "Parameters", "Seconds", "State"]
+    return Table(columns, rows, "Leaderboard", highlight=[done.index(run.winner)])
+
+
+def _row(trial: Trial, linear: Trial) -> list[object]:
+    if trial.state != "complete":
+        return [trial.name, None, None, None, None, trial.parameters, round(trial.seconds, 1), trial.state]
+    change = "baseline" if trial is linear else f"{trial.mean - linear.mean:+.4f}"
+    return [
+        trial.name, round(trial.mean, 4), round(trial.se, 4), change, round(trial.train_mean, 4), trial.parameters,
+        round(trial.seconds, 1), trial.state,
+    ]  # fmt: skip
+
+
+def _learning_intro(run: Run) -> str:
+    what = "log loss" if run.estimator.task == "classification" else "squared error of the standardised target"
+    return f"Training and validation loss of the winner ({what}), one thin line per fold, the mean of both in bold."
+
+
+def _learning_notes(run: Run) -> list[Text]:
+    epochs = sorted(outcome.best_epoch + 1 for outcome in run.winner.outcomes)
+    stops = sorted({outcome.stopped for outcome in run.winner.outcomes})
+    reason = {
+        "patience": "patience ran out", "epochs": "the limit of epochs was reached", "clock": "the clock ended it",
+    }  # fmt: skip
+    words = " or ".join(reason.get(stop, stop) for stop in stops)
+    text = (
+        f"Best epochs by fold: {', '.join(map(str, epochs))}. Training stopped when {words}; the best epoch was kept."
+    )
+    return [Text(text)]
+
+
+def _data(run: Run) -> list[Notes | Table | Text]:
+    kinds = {"numeric": "number", "categorical": "category"}
+    codes = {code["name"]: code for code in run.estimator.encoder.to_dict()}
+    rows: list[list[object]] = []
+    for column in run.estimator.columns:
+        code = codes[column.name]
+        if column.kind == "numeric":
+            gaps = "median of the training rows, and an indicator" if code["indicator"] else "none seen"
+            rows.append([column.name, kinds[column.kind], f"mean {code['mean']:.4g}, SD {code['scale']:.4g}", gaps])
+        else:
+            gaps = "a category of their own" if None in code["levels"] else "none seen"
+            rows.append([column.name, kinds[column.kind], f"{len(code['levels'])} inputs, one per category", gaps])
+    blocks: list[Notes | Table | Text] = [Notes(run.data["notes"])] if run.data["notes"] else []
+    blocks.append(
+        Text("In each fold the encoding below was learnt from the training rows alone; shown is the final fit's.")
+    )
+    blocks.append(
+        Table(["Column", "Kind", "Encoding", "Gaps"], rows, f"{len(rows)} input columns", collapsed=len(rows) > 12)
+    )
+    return blocks
+
+
+def _reproducibility(run: Run) -> list[Code | Table]:
+    environment = run.to_dict()["environment"]
+    settings = run.settings
+    kind = "stratified by class" if run.estimator.task == "classification" else "random"
+    rows: list[list[object]] = [
+        ["Seed", str(settings["seed"])],
+        [
+            "Folds",
+            f"{settings['cv']}, {kind}, test parts of {', '.join(str(len(fold.test)) for fold in run.folds)} rows",
+        ],
+        ["Validation", f"{len(run.folds[0].validation)} rows of each training part decide when to stop"],
+        ["Strategy", str(settings["strategy"])],
+        ["Data (SHA-256)", run.data["sha256"]],
+        *[[name, value] for name, value in environment["versions"].items()],
+    ]
+    blocks: list[Code | Table] = [Code(environment["command"], "Command")] if environment["command"] else []
+    return [*blocks, Table(["What", "Value"], rows, "Settings and versions")]

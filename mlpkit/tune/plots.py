@@ -1,0 +1,184 @@
+"""Figures of the tuning report, as plain Plotly data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlpkit.report import Figure, Table
+from mlpkit.tune.ladder import Trial
+
+if TYPE_CHECKING:
+    from mlpkit.tune.run import Run
+
+_RUNGS = ("no hidden layer", "one hidden layer", "two hidden layers")
+_TONES = ("var(--quiet)", "var(--accent)", "var(--second)")
+
+
+def ladder(run: Run) -> Figure:
+    """Mean score of every candidate with one SE, the best of each rung joined; band: one SE around the winner."""
+    done = [trial for trial in run.trials if trial.state == "complete"]
+    names = [trial.name for trial in done]
+    winner, metric = run.winner, _metric(run)
+    traces: list[dict[str, Any]] = [_joined(run)]
+    for rung, title in enumerate(_RUNGS):
+        members = [trial for trial in done if len(trial.hidden) == rung]
+        if members:
+            traces.append(_points(members, title, _TONES[rung], winner))
+    shapes = [_band(winner.mean - winner.se, winner.mean + winner.se)]
+    layout = {
+        "xaxis": {
+            "type": "category",
+            "categoryarray": names,
+            "categoryorder": "array",
+            "title": {"text": "hidden layers"},
+        },
+        "yaxis": {"title": {"text": metric}, "tickformat": ".3~f"},
+        "shapes": shapes,
+    }
+    rows = [[trial.name, _RUNGS[len(trial.hidden)], round(trial.mean, 4), round(trial.se, 4)] for trial in done]
+    best = ", ".join(f"{trial.name} {trial.mean:.3f}" for trial in run.climb.best.values())
+    return Figure(
+        f"{metric} by hidden layers",
+        {"data": traces, "layout": layout},
+        alt=f"{metric} of {len(done)} candidates. Best of each rung: {best}. The winner is {winner.name}.",
+        caption="The band is one standard error around the winner (ringed); the line joins the best of each rung.",
+        table=Table(["Hidden layers", "Rung", metric, "SE"], rows, "Scores by candidate"),
+        height=400,
+    )
+
+
+def curves(run: Run) -> Figure:
+    """Training and validation loss of the winner, by epoch."""
+    outcomes = run.winner.outcomes
+    traces: list[dict[str, Any]] = []
+    parts = (("training", "train_loss", "var(--quiet)"), ("validation", "validation_loss", "var(--accent)"))
+    for title, attribute, colour in parts:
+        lines = [getattr(outcome, attribute) for outcome in outcomes]
+        traces += [_line(line, title, colour, 1, 0.35, False) for line in lines]
+        traces.append(_line(_mean_curve(lines), title, colour, 2.6, 1.0, True))
+    best = [outcome.best_epoch + 1 for outcome in outcomes]
+    lowest = [min(outcome.validation_loss) for outcome in outcomes]
+    traces.append(
+        {
+            "type": "scatter", "mode": "markers", "x": best, "y": lowest, "name": "epoch kept",
+            "marker": {"color": "var(--second)", "size": 8}, "hovertemplate": "epoch %{x}: %{y:.4f}<extra></extra>",
+        }
+    )  # fmt: skip
+    layout = {
+        "xaxis": {"title": {"text": "epoch"}, "rangemode": "tozero", "showgrid": False},
+        "yaxis": {"title": {"text": "loss"}, "type": "log", **_log_ticks(lowest, outcomes)},
+    }
+    rows = [
+        [number + 1, outcome.best_epoch + 1, outcome.train_loss[outcome.best_epoch], min(outcome.validation_loss),
+         outcome.validation_loss[-1], outcome.stopped]
+        for number, outcome in enumerate(outcomes)
+    ]  # fmt: skip
+    columns = [
+        "Fold",
+        "Best epoch",
+        "Training loss there",
+        "Validation loss there",
+        "Validation loss at the end",
+        "Stopped by",
+    ]
+    return Figure(
+        f"Learning curves of {run.winner.name}",
+        {"data": traces, "layout": layout},
+        alt=(
+            f"Loss by epoch on {len(outcomes)} folds. Validation loss is lowest at epochs {min(best)} to {max(best)},"
+            f" on average {np.mean(lowest):.3f}."
+        ),
+        table=Table(columns, rows, "Learning by fold"),
+    )
+
+
+def folds(run: Run) -> Figure:
+    """Test score of the winner and of linear on every fold, joined in pairs."""
+    winner, linear, metric = run.winner, run.climb.linear, _metric(run)
+    rival = linear if winner is not linear else _best_other(run)
+    names = [f"fold {number + 1}" for number in range(len(winner.scores))]
+    pairs = (
+        [(linear, "var(--quiet)"), (winner, "var(--accent)")] if winner is not linear else [(linear, "var(--accent)")]
+    )
+    if winner is linear and rival is not None:
+        pairs.append((rival, "var(--quiet)"))
+    traces: list[dict[str, Any]] = []
+    if rival is not None:
+        for name, a, b in zip(names, winner.scores, rival.scores):
+            line = {"color": "var(--line)", "width": 3}
+            traces.append({"type": "scatter", "mode": "lines", "x": [a, b], "y": [name, name], "line": line,
+                           "showlegend": False, "hoverinfo": "skip"})  # fmt: skip
+    for trial, colour in pairs:
+        marker = {"color": colour, "size": 12}
+        traces.append({"type": "scatter", "mode": "markers", "x": trial.scores, "y": names, "name": trial.name,
+                       "marker": marker, "hovertemplate": "%{y}: %{x:.4f}<extra></extra>"})  # fmt: skip
+    layout = {
+        "xaxis": {"title": {"text": metric}, "tickformat": ".3~f"},
+        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
+    }
+    columns = ["Fold", *(trial.name for trial, _ in pairs)]
+    rows = [[name, *(round(trial.scores[at], 4) for trial, _ in pairs)] for at, name in enumerate(names)]
+    worst, best = min(winner.scores), max(winner.scores)
+    return Figure(
+        f"{metric} on each fold",
+        {"data": traces, "layout": layout},
+        alt=f"{metric} of the winner {winner.name} runs from {worst:.3f} to {best:.3f} over {len(names)} folds.",
+        table=Table(columns, rows, "Scores by fold"),
+        height=110 + 38 * len(names),
+    )
+
+
+def _metric(run: Run) -> str:
+    return "R²" if run.metric == "R2" else "Accuracy"
+
+
+def _best_other(run: Run) -> Trial | None:
+    others = [trial for trial in run.climb.best.values() if trial is not run.winner]
+    return max(others, key=lambda trial: trial.mean) if others else None
+
+
+def _points(members: list[Trial], title: str, colour: str, winner: Trial) -> dict[str, Any]:
+    ring = [3 if trial is winner else 0 for trial in members]
+    return {
+        "type": "scatter", "mode": "markers", "name": title, "x": [trial.name for trial in members],
+        "y": [trial.mean for trial in members],
+        "error_y": {"type": "data", "array": [trial.se for trial in members], "color": colour, "thickness": 1.4, "width": 5},
+        "marker": {"color": colour, "size": [15 if trial is winner else 10 for trial in members],
+                   "line": {"color": "var(--ink)", "width": ring}},
+        "hovertemplate": "%{x}: %{y:.4f} ± %{error_y.array:.4f}<extra></extra>",
+    }  # fmt: skip
+
+
+def _joined(run: Run) -> dict[str, Any]:
+    best = list(run.climb.best.values())
+    return {
+        "type": "scatter", "mode": "lines", "x": [trial.name for trial in best], "y": [trial.mean for trial in best],
+        "line": {"color": "var(--quiet)", "width": 1.4, "dash": "dot"}, "showlegend": False, "hoverinfo": "skip",
+    }  # fmt: skip
+
+
+def _band(low: float, high: float) -> dict[str, Any]:
+    return {
+        "type": "rect", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": low, "y1": high, "layer": "below",
+        "fillcolor": "var(--band)", "line": {"width": 0},
+    }  # fmt: skip
+
+
+def _line(values: list[float], title: str, colour: str, width: float, opacity: float, legend: bool) -> dict[str, Any]:
+    return {
+        "type": "scatter", "mode": "lines", "x": list(range(1, len(values) + 1)), "y": values, "name": title,
+        "line": {"color": colour, "width": width}, "opacity": opacity, "showlegend": legend,
+        "hoverinfo": "all" if legend else "skip", "hovertemplate": "epoch %{x}: %{y:.4f}" if legend else None,
+    }  # fmt: skip
+
+
+def _mean_curve(lines: list[list[float]]) -> list[float]:
+    # As far as every fold goes: past the first stop the mean would be of other folds.
+    length = min(len(line) for line in lines)
+    return [float(value) for value in np.mean([line[:length] for line in lines], axis=0)]
+
+
+def _log_ticks(lowest: list[float], outcomes: list[Any]) -> dict[str, Any]:
+    return {"dtick": "D2"} if max(max(o.validation_loss) for o in outcomes) < 100 * min(lowest) else {"dtick": 1}

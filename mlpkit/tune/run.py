@@ -1,0 +1,153 @@
+"""The result of ``tune``: the model, what was tried, what was found, and how to write it down."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mlpkit.report import write_page
+from mlpkit.tune import rundir
+from mlpkit.tune.folds import Fold
+from mlpkit.tune.ladder import Climb, Trial
+from mlpkit.tune.model import TunedModel
+from mlpkit.tune.verdicts import Verdict
+
+_FORMAT = "mlpkit-tune"
+_VERSION = 1
+
+
+@dataclass
+class Run:
+    """What ``tune`` returns.
+
+    ``estimator`` predicts on raw tables, ``model`` is its network (an nn.Module on encoded inputs); ``verdicts`` are
+    the findings in words, ``trials`` the candidates, ``study`` the same as an Optuna study.
+    """
+
+    estimator: TunedModel
+    verdicts: list[Verdict]
+    climb: Climb
+    study: Any
+    folds: Sequence[Fold]
+    metric: str
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    command: str | None
+    seconds: float
+
+    @property
+    def model(self) -> nn.Module:
+        """The winner's network, fitted on all rows."""
+        return self.estimator.model
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every candidate that was started, in order."""
+        return self.climb.trials
+
+    @property
+    def winner(self) -> Trial:
+        """The candidate the ladder chose."""
+        return self.climb.winner
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one HTML file that works offline."""
+        from mlpkit.tune.page import render
+
+        return write_page(path, render(self))
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write report.html, report.json, model.safetensors and model.json: all of them or, on an error, nothing.
+
+        directory: absent or empty; with overwrite an earlier run is replaced.
+        """
+
+        def fill(folder: Path) -> None:
+            self.estimator.save(folder)
+            text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+            (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+            self.report(folder / "report.html")
+
+        path = Path(directory)
+        rundir.write(path, overwrite, fill)
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers of the run as plain data: the contents of report.json. Not-a-number becomes None."""
+        estimator = self.estimator
+        plain: dict[str, Any] = _plain(
+            {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "task": estimator.task,
+                "target": estimator.target_name,
+                "metric": self.metric,
+                "winner": self.winner.name,
+                "verdicts": [asdict(verdict) for verdict in self.verdicts],
+                "trials": [_trial(trial) for trial in self.trials],
+                "steps": {str(rung): asdict(step) for rung, step in self.climb.steps.items()},
+                "untried": [list(hidden) for hidden in self.climb.untried],
+                "settings": self.settings,
+                "data": {
+                    **self.data,
+                    "columns": [asdict(column) for column in estimator.columns],
+                    "classes": list(estimator.classes),
+                },
+                "fold_of_row": self.fold_of_row(),
+                "environment": {"versions": versions(), "command": self.command},
+                "seconds": self.seconds,
+            }
+        )
+        return plain
+
+    def fold_of_row(self) -> list[int]:
+        """For every row (with a target) the fold that tests it."""
+        part = [0] * sum(len(fold.test) for fold in self.folds)
+        for number, fold in enumerate(self.folds):
+            for row in fold.test:
+                part[int(row)] = number
+        return part
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the numbers."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for name in ("mlpkit", "torch", "numpy", "pandas", "optuna"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "name": trial.name,
+        "hidden": list(trial.hidden),
+        "parameters": trial.parameters,
+        "state": trial.state,
+        "mean": trial.mean,
+        "se": trial.se,
+        "train_mean": trial.train_mean,
+        "seconds": trial.seconds,
+        "folds": [asdict(outcome) for outcome in trial.outcomes],
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,63 @@
+"""Run directories: where one may be written, and how it appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from mlpkit.errors import ArgumentError
+
+_MARK = "report.json"
+
+
+def check(out: str | os.PathLike[str], overwrite: bool) -> Path:
+    """The path, if a run may be written there: absent, an empty directory, or an earlier run and overwrite."""
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise ArgumentError(f"out: {path} exists and is a file; a directory is wanted")
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / _MARK).is_file():
+            raise ArgumentError(f"out: {path} exists and holds other files; choose another directory")
+        if not overwrite:
+            raise ArgumentError(f"out: {path} holds an earlier run; choose another directory or ask to overwrite it")
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise ArgumentError(f"out: {parent} is a file, so {path} cannot be made")
+            if not os.access(parent, os.W_OK):
+                raise ArgumentError(f"out: no permission to write in {parent}")
+            break
+    return path
+
+
+def free_name(stem: str) -> Path:
+    """``<stem>-run`` here, or ``<stem>-run-2`` and so on: the first that does not exist."""
+    path, number = Path(f"{stem}-run"), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{stem}-run-{number}")
+    return path
+
+
+def write(path: Path, overwrite: bool, fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` write into a temporary directory beside ``path``, then rename it; nothing is left if it fails."""
+    check(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        fill(made)
+        os.chmod(made, 0o755)
+        if path.exists():
+            # The old run steps aside first: a directory cannot be replaced in one move.
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            os.rename(path, aside)
+            os.rename(made, path)
+            shutil.rmtree(aside)
+        else:
+            os.rename(made, path)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise

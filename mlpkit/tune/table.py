@@ -1,0 +1,225 @@
+"""Raw tables in: reads a CSV, tells numbers from categories, checks every column, names what it left out."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mlpkit.errors import ArgumentError, DataError, ShapeError
+from mlpkit.report._extras import require
+
+Kind = Literal["numeric", "categorical"]
+
+_NUMBERS_SHARE = 0.9  # A text column with at least this share of numbers is a number column with bad cells.
+_IDENTIFIER_SHARE = 0.5
+_IDENTIFIER_LEVELS = 20
+
+
+@dataclass(frozen=True)
+class Column:
+    """One input column as the network will see it."""
+
+    name: str
+    kind: Kind
+
+
+def pandas() -> Any:
+    """The pandas module, or MissingExtraError."""
+    return require("pandas", "mlpkit.tune")
+
+
+def read_csv(path: str | os.PathLike[str]) -> Any:
+    """A DataFrame from a text table with a header line; commas, semicolons or tabs. Empty cells and "?" are missing."""
+    pd = pandas()
+    source = Path(path)
+    if not source.exists():
+        raise DataError(f"no such file: {source}")
+    if source.is_dir():
+        raise DataError(f"{source} is a directory; a CSV file is wanted")
+    try:
+        with source.open(encoding="utf-8-sig") as stream:
+            header = stream.readline()
+        separator = max(",;\t", key=header.count)
+        frame = pd.read_csv(
+            source, sep=separator, na_values=["?"], skipinitialspace=True, low_memory=False, encoding="utf-8-sig"
+        )
+    except pd.errors.EmptyDataError:
+        raise DataError(f"{source} is empty") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not UTF-8 text (byte {error.start}): save it as UTF-8 CSV") from None
+    except pd.errors.ParserError as error:
+        raise DataError(f"{source} is no regular CSV: {str(error).strip()}") from None
+    if len(frame) == 0:
+        raise DataError(f"{source} has a header line but no rows")
+    return frame
+
+
+def to_frame(X: Any) -> Any:
+    """``X`` as a DataFrame with text column names; arrays get x0, x1, ..."""
+    pd = pandas()
+    if isinstance(X, pd.DataFrame):
+        frame = X.copy(deep=False)
+    else:
+        values = X if isinstance(X, dict) else np.asarray(X) if not hasattr(X, "__dataframe__") else X
+        if isinstance(values, np.ndarray):
+            if values.ndim != 2:
+                raise ShapeError(f"X has shape {values.shape}; a table of rows and columns is wanted")
+            frame = pd.DataFrame(values, columns=[f"x{number}" for number in range(values.shape[1])])
+        else:
+            frame = pd.DataFrame(values)
+    frame.columns = [str(name) for name in frame.columns]
+    duplicates = frame.columns[frame.columns.duplicated()]
+    if len(duplicates):
+        raise DataError(f"column {duplicates[0]!r} appears more than once")
+    return frame.reset_index(drop=True)
+
+
+def take_target(frame: Any, name: str) -> tuple[Any, Any]:
+    """(frame without the target, the target column), or a DataError that suggests the nearest name."""
+    if name not in frame.columns:
+        raise DataError(f"no column {name!r} for the target{nearest(name, frame.columns)}")
+    return frame.drop(columns=name), frame[name]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A tail for an error sentence: the nearest of ``names``, or all of them if none is near."""
+    known = [str(item) for item in names]
+    lowered = {item.lower(): item for item in reversed(known)}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {lowered[near[0]]!r}?"
+    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"; the columns are {shown}" if known else ""
+
+
+def learn_columns(
+    frame: Any, categorical: Collection[str] = (), ignore: Collection[str] = ()
+) -> tuple[list[Column], list[str]]:
+    """(usable columns, notes about those left out). Looks at types and counts only; statistics belong to the folds."""
+    for name in (*categorical, *ignore):
+        if name not in frame.columns:
+            raise ArgumentError(f"no column {name!r}{nearest(name, frame.columns)}")
+    columns: list[Column] = []
+    notes: list[str] = []
+    for name in frame.columns:
+        if name in ignore:
+            continue
+        column, note = _learn_column(frame[name], name, name in categorical)
+        if column is not None:
+            columns.append(column)
+        if note:
+            notes.append(note)
+    if not columns:
+        raise DataError("no usable input column is left" + (": " + "; ".join(notes) if notes else ""))
+    return columns, notes
+
+
+def clean(frame: Any, columns: Iterable[Column]) -> dict[str, npt.NDArray[Any]]:
+    """The named columns as arrays: float64 with NaN, or objects (text, None where missing). DataError if one is amiss."""
+    cleaned: dict[str, npt.NDArray[Any]] = {}
+    for column in columns:
+        if column.name not in frame.columns:
+            raise DataError(f"the table lacks column {column.name!r}{nearest(column.name, frame.columns)}")
+        series = frame[column.name]
+        cleaned[column.name] = _numbers(series, column.name) if column.kind == "numeric" else _texts(series)
+    return cleaned
+
+
+def fingerprint(frame: Any, target: Any) -> str:
+    """SHA-256 over names and values of the table: equal tables have equal fingerprints, in a file or in memory."""
+    pd = pandas()
+    digest = hashlib.sha256(repr([*frame.columns, target.name]).encode())
+    for series in (*(frame[name] for name in frame.columns), target):
+        values = series.astype(object).map(lambda value: None if value is pd.NA else value)
+        digest.update(pd.util.hash_array(values.map(repr).to_numpy(dtype=object)).tobytes())
+    return digest.hexdigest()
+
+
+def is_number_like(series: Any) -> bool:
+    """True for bool, number and date columns, and for text columns whose every filled cell reads as a number."""
+    types = pandas().api.types
+    if isinstance(series.dtype, pandas().CategoricalDtype):
+        return False
+    if types.is_numeric_dtype(series) or types.is_bool_dtype(series) or types.is_datetime64_any_dtype(series):
+        return True
+    filled = series.dropna()
+    return len(filled) > 0 and bool(_parsed(filled).notna().all())
+
+
+def _learn_column(series: Any, name: str, categorical: bool) -> tuple[Column | None, str]:
+    filled = series.dropna()
+    if series.dtype.kind in "cm":
+        raise DataError(f"column {name!r} has type {series.dtype}, which a network cannot take; convert it to numbers")
+    if len(filled) == 0:
+        return None, f"column {name!r} is empty and was left out"
+    levels = filled.nunique()
+    if levels == 1 and len(filled) == len(series):
+        return None, f"column {name!r} holds a single value and was left out"
+    if categorical:
+        return Column(name, "categorical"), ""
+    if is_number_like(series):
+        return Column(name, "numeric"), ""
+    parsed = _parsed(filled)
+    if not isinstance(series.dtype, pandas().CategoricalDtype) and parsed.notna().mean() >= _NUMBERS_SHARE:
+        _reject_text(filled, parsed, name)
+    if levels > _IDENTIFIER_LEVELS and levels > _IDENTIFIER_SHARE * len(filled):
+        return None, f"column {name!r} holds {levels} different texts in {len(filled)} rows and was left out"
+    return Column(name, "categorical"), ""
+
+
+def _numbers(series: Any, name: str) -> npt.NDArray[np.float64]:
+    types = pandas().api.types
+    if types.is_datetime64_any_dtype(series):
+        days = series.to_numpy(dtype="datetime64[ns]")
+        values = days.astype(np.int64) / 86_400e9
+        values[np.isnat(days)] = np.nan
+    elif types.is_numeric_dtype(series) or types.is_bool_dtype(series):
+        values = series.to_numpy(dtype=np.float64, na_value=np.nan)
+    else:
+        filled = series.dropna()
+        parsed = _parsed(filled)
+        if not parsed.notna().all():
+            _reject_text(filled, parsed, name)
+        values = _parsed(series).to_numpy(dtype=np.float64, na_value=np.nan)
+    if np.isinf(values).any():
+        row = int(series.index[np.isinf(values)][0]) + 1
+        raise DataError(f"column {name!r} holds infinity in data row {row}; leave the cell empty if it is unknown")
+    return values
+
+
+def _texts(series: Any) -> npt.NDArray[Any]:
+    missing = series.isna().to_numpy()
+    values = series.astype(object).to_numpy()
+    texts = np.empty(len(values), dtype=object)
+    for row, value in enumerate(values):
+        texts[row] = None if missing[row] else _text(value)
+    return texts
+
+
+def _text(value: object) -> str:
+    # A whole number reads 3 in one file and 3.0 in another, where the column has gaps: the same category.
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _parsed(series: Any) -> Any:
+    pd = pandas()
+    numbers = pd.to_numeric(series.astype(object), errors="coerce")
+    return numbers
+
+
+def _reject_text(filled: Any, parsed: Any, name: str) -> None:
+    bad = parsed.isna().to_numpy()
+    row, value = int(filled.index[bad][0]) + 1, filled[bad].iloc[0]
+    count = int(bad.sum())
+    more = f" (and text in {count - 1} more)" if count > 1 else ""
+    raise DataError(f"column {name!r} must hold numbers, but data row {row} holds {str(value)!r}{more}")

@@ -1,0 +1,195 @@
+"""The numbers of a climb in plain sentences, each with the number that decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from mlpkit.tune import stats
+from mlpkit.tune.ladder import WIDTHS, Climb, Trial, in_words
+
+Tone = Literal["good", "notice", "bad"]
+
+_OVERFIT_TIMES_LINEAR = 3.0
+_RISE_SE = 2.0
+_NOTHING = 0.02
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding. kind: depth, fit, neighbours, budget or diverged; value: one word; numbers: what decided."""
+
+    kind: str
+    value: str
+    text: str
+    tone: Tone = "good"
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def judge(climb: Climb, metric: str, floor: float) -> list[Verdict]:
+    """All verdicts, the three main ones first. floor: the score of a constant guess (largest class, or mean)."""
+    verdicts = [_depth(climb, metric), _fit(climb, metric, floor), _neighbours(climb, metric)]
+    if climb.untried or any(trial.state == "out of time" for trial in climb.trials):
+        verdicts.append(_budget(climb))
+    diverged = [trial.words for trial in climb.trials if trial.state == "diverged"]
+    if diverged:
+        verdicts.append(
+            Verdict("diverged", "diverged", f"The loss became non-finite with {_listed(diverged)}: left out.", "notice")
+        )
+    return verdicts
+
+
+def _depth(climb: Climb, metric: str) -> Verdict:
+    winner, linear = climb.winner, climb.linear
+    if not climb.steps:
+        text = f"Only the linear model was tried ({metric} {linear.mean:.3f}): nothing deeper finished in time."
+        return Verdict("depth", "inconclusive", text, "notice", {"score": linear.mean, "se": linear.se})
+    if climb.winner_rung == 0:
+        rung = max(climb.steps, key=lambda number: climb.steps[number].gain)
+        step, rival = climb.steps[rung], climb.best[rung]
+        text = (
+            f"Linear is enough: {metric} {linear.mean:.3f} without a hidden layer; {rival.words}"
+            f" {_change(step)}, and more than one SE is asked of a layer."
+        )
+        return Verdict("depth", "linear", text, "good", _numbers(step, winner, rival))
+    step = stats.compare(winner.scores, linear.scores)
+    text = (
+        f"{winner.words.capitalize()} won: {metric} {winner.mean:.3f} against {linear.mean:.3f} for linear,"
+        f" a gain of {_signed(step.gain)} or {_ratio(step)} SE."
+    )
+    if climb.winner_rung == 1 and 2 in climb.steps:
+        text += f" A second layer {_change(climb.steps[2])} and did not earn its place."
+    elif climb.winner_rung == 2:
+        below = stats.compare(winner.scores, climb.best[1].scores)
+        text += f" Against the best single layer ({climb.best[1].name}) it gains {_ratio(below)} SE."
+    return Verdict("depth", f"{climb.winner_rung} hidden", text, "good", _numbers(step, winner, linear))
+
+
+def _fit(climb: Climb, metric: str, floor: float) -> Verdict:
+    winner, linear = climb.winner, climb.linear
+    gap, linear_gap = winner.train_mean - winner.mean, linear.train_mean - linear.mean
+    rise = rise_after_best(winner)
+    numbers = {
+        "train": winner.train_mean, "test": winner.mean, "gap": gap, "linear_gap": linear_gap, "rise_se": rise,
+        "floor": floor,
+    }  # fmt: skip
+    scores = f"{metric} {winner.train_mean:.3f} on training rows, {winner.mean:.3f} on unseen ones"
+    if winner.mean <= floor + max(winner.se, _NOTHING):
+        text = f"It learnt next to nothing: {metric} {winner.mean:.3f}, a constant guess reaches {floor:.3f}."
+        return Verdict("fit", "no signal", text, "bad", numbers)
+    edge = _edge(climb)
+    if edge is not None and edge.earned:
+        text = f"It may underfit: the widest layer tried won, {_ratio(edge)} SE ahead of the next ({scores})."
+        return Verdict("fit", "underfit", text, "notice", {**numbers, "edge_ratio": edge.ratio})
+    if rise > _RISE_SE and gap > max(_OVERFIT_TIMES_LINEAR * max(linear_gap, 0.0), winner.se):
+        text = (
+            f"It overfits if left alone: after its best epoch the validation loss rose by {rise:.1f} SE"
+            f" ({scores}). Early stopping took the best epoch."
+        )
+        return Verdict("fit", "overfit", text, "notice", numbers)
+    text = f"Neither under- nor overfit: {scores}, a gap of {gap:.3f}"
+    if winner is not linear:
+        text += f" (linear: {linear_gap:.3f})"
+    return Verdict("fit", "fine", text + ".", "good", numbers)
+
+
+def rise_after_best(trial: Trial) -> float:
+    """By how many SE over the folds the validation loss ends above its minimum: 0 where training stopped at the best."""
+    rises = [
+        outcome.validation_loss[-1] - outcome.validation_loss[outcome.best_epoch]
+        for outcome in trial.outcomes
+        if outcome.validation_loss
+    ]
+    if len(rises) < 2:
+        return 0.0
+    se = stats.standard_error(rises)
+    return float(np.mean(rises)) / se if se > 0.0 else 0.0
+
+
+def _edge(climb: Climb) -> stats.Comparison | None:
+    """The widest single layer against the next narrower one, if the widest is the base of the winner."""
+    if climb.winner_rung == 0 or climb.best[1].hidden != (WIDTHS[-1],):
+        return None
+    narrower = _find(climb, (WIDTHS[-2],))
+    return stats.compare(climb.best[1].scores, narrower.scores) if narrower else None
+
+
+def _neighbours(climb: Climb, metric: str) -> Verdict:
+    winner = climb.winner
+    near = [trial for trial in climb.trials if trial.state == "complete" and trial.hidden in _near(winner.hidden)]
+    if not near:
+        return Verdict("neighbours", "inconclusive", "No neighbour of the winner finished in time.", "notice")
+    changes = {trial.name: stats.compare(trial.scores, winner.scores) for trial in near}
+    numbers = {name: {"change": step.gain, "se": step.se} for name, step in changes.items()}
+    better = [name for name, step in changes.items() if step.earned]
+    if better:
+        text = f"The neighbours disagree: {_listed(better)} beat it by more than one SE."
+        return Verdict("neighbours", "volatile", text, "notice", numbers)
+    if winner is climb.linear:
+        name = max(changes, key=lambda item: changes[item].gain)
+        text = (
+            f"The neighbours agree: none of {len(near)} networks with one hidden layer beats it by more than one SE"
+            f" (best: {name}, {_signed(changes[name].gain)})."
+        )
+        return Verdict("neighbours", "robust", text, "good", numbers)
+    listed = _listed([f"{name} {_signed(step.gain)}" for name, step in changes.items()])
+    worse = [name for name, step in changes.items() if step.ratio < -1.0]
+    if worse:
+        text = f"Its size matters: {_listed(worse)} is worse by more than one SE ({metric}: {listed})."
+        return Verdict(
+            "neighbours", "sensitive", text.replace(" is ", " are ") if len(worse) > 1 else text, "good", numbers
+        )
+    text = f"The neighbours agree within one SE ({listed}): the exact size hardly matters."
+    return Verdict("neighbours", "robust", text, "good", numbers)
+
+
+def _near(hidden: tuple[int, ...]) -> list[tuple[int, ...]]:
+    if not hidden:
+        return [(width,) for width in WIDTHS]
+    first = hidden[0]
+    if len(hidden) == 1:
+        return [(first // 2,), (first * 2,)]
+    return [(first,), (first, first // 4), (first, first // 2)]
+
+
+def _find(climb: Climb, hidden: tuple[int, ...]) -> Trial | None:
+    for trial in climb.trials:
+        if trial.hidden == hidden and trial.state == "complete" and trial is not climb.winner:
+            return trial
+    return None
+
+
+def _budget(climb: Climb) -> Verdict:
+    left = [trial.words for trial in climb.trials if trial.state == "out of time"] + [
+        in_words(hidden) for hidden in climb.untried
+    ]
+    text = f"The time budget ended before {_listed(left)}: not compared."
+    return Verdict("budget", "cut short", text, "notice", {"left_out": left})
+
+
+def _numbers(step: stats.Comparison, winner: Trial, rival: Trial) -> dict[str, Any]:
+    return {
+        "score": winner.mean, "score_se": winner.se, "rival": rival.name, "rival_score": rival.mean,
+        "gain": step.gain, "se": step.se, "gain_in_se": step.ratio,
+    }  # fmt: skip
+
+
+def _change(step: stats.Comparison) -> str:
+    verb = "gains" if step.gain > 0 else "loses" if step.gain < 0 else "changes"
+    return f"{verb} {abs(step.gain):.3f} ({_ratio(step)} SE)"
+
+
+def _ratio(step: stats.Comparison) -> str:
+    return f"{abs(step.ratio):.1f}" if math.isfinite(step.ratio) else "many"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def _listed(items: Sequence[str]) -> str:
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
