@@ -42,6 +42,9 @@ def linear_act_dropout(
 
     Raises ShapeError, DtypeError, DeviceError or ArgumentError, each naming the argument. Differentiable once.
     """
+    # The native checks cannot see these two: p is overruled in evaluation, and only leaky_relu reads a float slope.
+    if not 0.0 <= p <= 1.0 or (slope is not None and activation not in ("leaky_relu", "prelu")):
+        _check(x, weight, bias, activation, slope, p, seed, stream)
     if not training:
         p = 0.0
     slope_tensor = slope if isinstance(slope, Tensor) else None

@@ -76,11 +76,12 @@ struct Gelu {
   static constexpr Needs needs = Needs::preactivation;
   template <class F>
   MLPKIT_HD static F value(F z, F) {
-    return z * math::normal_cdf(z);
+    return z * math::normal(z).phi;
   }
   template <class F>
   MLPKIT_HD static F slope(F z, F) {
-    return math::normal_cdf(z) + z * (math::constant<F>(0.3989422804014327) * math::exp(z * z * -0.5f));
+    const math::Normal<F> at = math::normal(z);
+    return at.phi + z * (math::constant<F>(0.3989422804014327) * at.bell);
   }
 };
 

@@ -46,24 +46,29 @@ MLPKIT_HD F absolute(F x) {
   return bits_as<F>(bits_as<I>(x) & 0x7fffffff);
 }
 
-// exp(x) = 2^n exp(r),  n = round(x / ln 2),  |r| <= ln(2) / 2
+// exp(x + y) = 2^n exp(r),  n = round(x / ln 2),  |r| <= ln(2) / 2 + |y|, for a |y| of at most a few hundredths: a
+// second part carries what x could not hold.
 template <class F>
-MLPKIT_HD F exp(F x) {
+MLPKIT_HD F exp(F x, F y) {
   using I = typename IntOf<F>::type;
   const F high = x > 89.f ? 89.f : x;
   const F clamped = high < -104.f ? -104.f : high;
   const F shifted = clamped * 1.44269504f + 12582912.f;
   const F n = shifted - 12582912.f;
-  const F r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  F q = r * 0.0013814402f + 0.0083688022f;
-  q = q * r + 0.0416684029f;
-  q = q * r + 0.1666651986f;
-  q = q * r + 0.4999999335f;
+  const F r = ((clamped - n * 0.693359375f) + n * 2.12194440e-4f) + y;
+  F q = r * 0.0013814429f + 0.0083687971f;
+  q = q * r + 0.0416683959f;
+  q = q * r + 0.1666651997f;
+  q = q * r + 0.4999999340f;
   const F p = (q * r) * r + r + 1.f;
   const I whole = bits_as<I>(shifted) - 0x4b400000;
   const I half = whole >> 1;
   const F result = p * bits_as<F>((half + 127) << 23) * bits_as<F>((whole - half + 127) << 23);
   return x > 89.f ? x * 3.0e38f : (x < -104.f ? 0.f : result);
+}
+template <class F>
+MLPKIT_HD F exp(F x) {
+  return exp(x, F{});
 }
 MLPKIT_HD double exp(double x) { return ::exp(x); }
 
@@ -90,10 +95,16 @@ MLPKIT_HD F sigmoid(F x) {
 }
 MLPKIT_HD double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 
-// Phi(x) = (1 + erf(x / sqrt 2)) / 2 = erfc(-x / sqrt 2) / 2; the tail is exp of a polynomial, so Phi(-6) has no
-// cancellation
+// The standard normal distribution at x: bell = exp(-x^2 / 2) and Phi(x) = (1 + erf(x / sqrt 2)) / 2.
+// Phi is 1/2 plus an odd polynomial near 0, and bell times a polynomial in 1 / (1 + |x| / 4) in the tails, so Phi(-6)
+// has no cancellation. x^2 is split into an exact and a small part: its rounding would otherwise be the largest error.
 template <class F>
-MLPKIT_HD F normal_cdf(F x) {
+struct Normal {
+  F bell, phi;
+};
+template <class F>
+MLPKIT_HD Normal<F> normal(F x) {
+  using I = typename IntOf<F>::type;
   const F u = x * 0.70710678f;
   const F t = u * u;
   F s = t * 7.85385405e-5f - 8.01019141e-4f;
@@ -103,22 +114,25 @@ MLPKIT_HD F normal_cdf(F x) {
   s = s * t - 3.76126258e-1f;
   s = s * t + 1.12837917f;
   const F center = 0.5f + 0.5f * (u * s);
-  const F a = absolute(u);
-  const F b = a > 10.f ? 10.f : a;
-  F q = b * 2.60200488e-9f - 1.55663424e-7f;
-  q = q * b + 4.14382844e-6f;
-  q = q * b - 6.50766344e-5f;
-  q = q * b + 6.75555803e-4f;
-  q = q * b - 4.93999526e-3f;
-  q = q * b + 2.66167323e-2f;
-  q = q * b - 1.10068473e-1f;
-  q = q * b - 6.32084906e-1f;
-  q = q * b - 1.12998833f;
-  q = q * b + 2.44988290e-4f;
-  const F tail = a > 10.f ? 0.f : 0.5f * exp(q);
-  return a < 1.f ? center : (x < 0.f ? tail : 1.f - tail);
+
+  const F a = absolute(x);
+  const F b = a > 15.f ? 15.f : a;
+  const F head = bits_as<F>(bits_as<I>(b) & ~0xfff);
+  const F bell = exp(head * head * -0.5f, (b - head) * (b + head) * -0.5f);
+  const F w = 1.f / (1.f + 0.25f * b);
+  F q = w * 0.0329153332f - 0.1906524648f;
+  q = q * w + 0.3821857923f;
+  q = q * w - 0.3166026877f;
+  q = q * w + 0.2906309076f;
+  q = q * w - 0.0130276071f;
+  q = q * w + 0.1190473352f;
+  q = q * w + 0.0953571110f;
+  q = q * w + 0.1001645496f;
+  q = q * w - 1.82785334e-5f;
+  const F tail = bell * q;
+  return {bell, a < 1.f ? center : (x < 0.f ? tail : 1.f - tail)};
 }
-MLPKIT_HD double normal_cdf(double x) { return 0.5 * ::erfc(x * -0.70710678118654752440); }
+MLPKIT_HD Normal<double> normal(double x) { return {::exp(-0.5 * x * x), 0.5 * ::erfc(x * -0.70710678118654752440)}; }
 
 }  // namespace math
 MLPKIT_END_ISA

@@ -35,6 +35,10 @@ def _forward_fake(
     stream: int,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    others = {"weight": weight, "bias": bias, "slope": slope, "seed": seed}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"linear_act_dropout: {name} is on {tensor.device}; it must be on x's {x.device}")
     cols = weight.shape[0]
     rows = 1
     for size in x.shape[:-1]:
