@@ -182,7 +182,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
         """Apply the network; ``seed`` (an int, or int64 seed and offset) fixes the masks of the fused layers."""
         if seed is None and self.training and any(layer.dropout > 0 for layer in self._fused()):
-            seed = torch.randint(2**62, (2,), dtype=torch.int64, device=x.device)
+            seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
         for stream, layer in enumerate(self.layers):
             x = layer(x, seed=seed, stream=stream)
             if stream < len(self.blocks):

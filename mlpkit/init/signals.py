@@ -76,12 +76,12 @@ def check(model: nn.Module, batch: Tensor | Sequence[Any] | Mapping[str, Any], *
     names = {module: name for name, module in model.named_modules()}
     with _untouched(model), _recording(names) as signals, torch.enable_grad():
         output = _call(model, batch)
-        if not signals:
-            raise ArgumentError(f"init.check: no linear or convolution layer of {type(model).__name__} was called")
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ArgumentError(
                 f"init.check: the model's output is {type(output).__name__}; it must be a floating tensor"
             )
+        if not signals:
+            raise ArgumentError(f"init.check: no linear or convolution layer of {type(model).__name__} was called")
         gradients = _gradients(output, [signal.output for signal in signals])
     layers: list[LayerCheck] = []
     backward = [None if gradient is None else _variance(gradient) for gradient in gradients] + [None]
