@@ -1,7 +1,8 @@
 // Column sums by a cascade: 256 rows are summed in a warp, its results by another launch, until one row is left (cuda).
 //
-// Napkin: a backward pass leaves one row of fp32 sums for 64 rows of dy, so 8192 x 4096 leaves 128 x 4096 x 4 = 2 MB: 0.5 us at 4.3 TB/s,
-// one launch, under its latency of about 2 us. 512 warps read 32 bytes of 16 rows at once, 16 rows in flight a lane.
+// Napkin: a backward pass leaves one row of fp32 sums for 64 rows of dy, so 8192 x 4096 leaves 128 x 4096 x 4 = 2 MB:
+// 0.5 us at 4.3 TB/s, one launch, under its latency of about 2 us. 512 warps read 32 bytes of 16 rows at once, 16 rows
+// in flight a lane.
 #include "cuda/column_sums.h"
 
 #include "cuda/device.h"
@@ -26,7 +27,8 @@ struct Rows {
 
 // Row b of `to` becomes the sum of rows 256 b .. 256 b + 255 of `from`.
 template <class C, class T>
-MLPKIT_KERNEL(kThreads) sum_rows(const Rows<C> args, T* to, int64_t cols) {
+MLPKIT_KERNEL(kThreads, 4)
+sum_rows(const Rows<C> args, T* to, int64_t cols) {
   constexpr int width = kWidth<C>;
   const uint32_t across = static_cast<uint32_t>(args.stride / (kAcross * width));
   const uint32_t warp = device::block_index() * kWarps + device::thread_index() / device::kWarp;
@@ -58,7 +60,8 @@ MLPKIT_KERNEL(kThreads) sum_rows(const Rows<C> args, T* to, int64_t cols) {
 
 // to[0] becomes the sum of from[0 .. cols). One warp; a lane adds 16 numbers at a time.
 template <class C, class T>
-MLPKIT_KERNEL(device::kWarp) sum_row(const C* from, T* to, int64_t cols) {
+MLPKIT_KERNEL(device::kWarp, 1)
+sum_row(const C* from, T* to, int64_t cols) {
   C sum = 0;
   for (int64_t col = device::thread_index(); col < cols; col += 16 * device::kWarp) {
     C part = 0;
@@ -85,9 +88,11 @@ cudaError_t run(const ColumnSums& args, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     from = sums;
     rows = ceil_div(rows, kRows);
-    if (args.total && rows == 1) return device::launch(sum_row<C, T>, 1, device::kWarp, stream, from, static_cast<T*>(args.to), args.cols);
+    if (args.total && rows == 1)
+      return device::launch(sum_row<C, T>, 1, device::kWarp, stream, from, static_cast<T*>(args.to), args.cols);
   }
-  return device::launch(sum_rows<C, T>, blocks(), kThreads, stream, Rows<C>{from, rows, args.stride}, static_cast<T*>(args.to), args.cols);
+  return device::launch(sum_rows<C, T>, blocks(), kThreads, stream, Rows<C>{from, rows, args.stride},
+                        static_cast<T*>(args.to), args.cols);
 }
 
 }  // namespace
@@ -103,10 +108,14 @@ int64_t column_sums_elements(int64_t rows, int64_t stride) {
 
 cudaError_t column_sums(const ColumnSums& args, cudaStream_t stream) {
   switch (args.dtype) {
-    case Dtype::float64: return run<double, double>(args, stream);
-    case Dtype::float32: return run<float, float>(args, stream);
-    case Dtype::bfloat16: return run<float, BFloat16>(args, stream);
-    case Dtype::float16: return run<float, Half>(args, stream);
+    case Dtype::float64:
+      return run<double, double>(args, stream);
+    case Dtype::float32:
+      return run<float, float>(args, stream);
+    case Dtype::bfloat16:
+      return run<float, BFloat16>(args, stream);
+    case Dtype::float16:
+      return run<float, Half>(args, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,12 +1,13 @@
-// All that kernels know of the device: indices, shuffles, 16-byte accesses, conversions, launches (cuda). No other file of csrc/cuda names a
-// CUDA built-in, so a file of this name for the host compiler runs the same kernels on the CPU.
+// All that kernels know of the device: indices, shuffles, 16-byte accesses, conversions, launches (cuda). No other file
+// of csrc/cuda names a CUDA built-in, so a file of this name for the host compiler runs the same kernels on the CPU.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "core/dtype.h"
 
-#define MLPKIT_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// blocks: how many of them a multiprocessor is to hold at once, which caps the registers.
+#define MLPKIT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define MLPKIT_DEVICE __device__ __forceinline__
 
 namespace mlpkit::device {
@@ -18,9 +19,13 @@ MLPKIT_DEVICE uint32_t thread_index() { return threadIdx.x; }
 
 // The value that another lane of the warp passes to the same call. Every lane of the warp calls it.
 template <class F>
-MLPKIT_DEVICE F shuffle(F value, uint32_t from_lane) { return __shfl_sync(0xffffffffu, value, from_lane); }
+MLPKIT_DEVICE F shuffle(F value, uint32_t from_lane) {
+  return __shfl_sync(0xffffffffu, value, from_lane);
+}
 template <class F>
-MLPKIT_DEVICE F shuffle_xor(F value, uint32_t lane_mask) { return __shfl_xor_sync(0xffffffffu, value, lane_mask); }
+MLPKIT_DEVICE F shuffle_xor(F value, uint32_t lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
 
 // One element from memory to the compute type and back; rounds to nearest even, overflow becomes Inf, NaN stays NaN.
 MLPKIT_DEVICE void load(const double* from, double& to) { to = *from; }
@@ -48,7 +53,9 @@ MLPKIT_DEVICE float2 widen_pair(uint32_t pair, Half) { return __half22float2(mat
 MLPKIT_DEVICE uint32_t narrow_pair(float low, float high, BFloat16) {
   return math::bits_as<uint32_t>(__floats2bfloat162_rn(low, high));
 }
-MLPKIT_DEVICE uint32_t narrow_pair(float low, float high, Half) { return math::bits_as<uint32_t>(__floats2half2_rn(low, high)); }
+MLPKIT_DEVICE uint32_t narrow_pair(float low, float high, Half) {
+  return math::bits_as<uint32_t>(__floats2half2_rn(low, high));
+}
 
 template <class T>
 MLPKIT_DEVICE void load16(const T* from, float* to) {
@@ -76,7 +83,8 @@ MLPKIT_DEVICE void store4(uint8_t* to, uint32_t from) { *reinterpret_cast<uint32
 
 // Queues kernel(args...) on the stream; blocks and threads are one-dimensional.
 template <class... Parameters, class... Args>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, const Args&... args) {
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                   const Args&... args) {
   if (blocks <= 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   kernel<<<static_cast<uint32_t>(blocks), threads, 0, stream>>>(args...);

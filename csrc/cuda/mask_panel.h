@@ -1,9 +1,11 @@
-// A warp's unit of work, 16 rows x 64 columns, and how its elements and their mask bits are shared out among the lanes (cuda).
+// A warp's unit of work, 16 rows x 64 columns, and how its elements and their mask bits are shared out among the lanes
+// (cuda).
 //
-// Memory order: in each of `steps` steps a lane has `width` adjacent columns of one row, 16 bytes of T, and the lanes of a warp cover whole
-// 128-byte lines. Mask order: lane 4 q + t has, in one word, the bytes of lanes 4 q .. 4 q + 3 of tile t: rows q and q + 8, all 16 columns.
-// A panel is four tiles of the mask contract side by side, so a lane makes four Philox calls, one for every 8 of the 32 elements that it has
-// in either order, and bits change order by shuffles: two or four words a lane for bf16 and f32.
+// Memory order: in each of `steps` steps a lane has `width` adjacent columns of one row, 16 bytes of T, and the lanes
+// of a warp cover whole 128-byte lines. Mask order: lane 4 q + t has, in one word, the bytes of lanes 4 q .. 4 q + 3 of
+// tile t: rows q and q + 8, all 16 columns. A panel is four tiles of the mask contract side by side, so a lane makes
+// four Philox calls, one for every 8 of the 32 elements that it has in either order, and bits change order by shuffles:
+// two or four words a lane for bf16 and f32.
 #pragma once
 #include "core/dropout_mask.h"
 #include "cuda/device.h"
@@ -76,7 +78,9 @@ struct MaskPanel {
   }
 
   // Where the lane's four bytes lie in a bit plane: 128 adjacent bytes for the warp.
-  MLPKIT_DEVICE int64_t plane_offset(int64_t first_tile) const { return (first_tile + lane % 4) * kMaskLanes + (lane & ~3u); }
+  MLPKIT_DEVICE int64_t plane_offset(int64_t first_tile) const {
+    return (first_tile + lane % 4) * kMaskLanes + (lane & ~3u);
+  }
 };
 
 }  // namespace mlpkit::cuda

@@ -1,0 +1,168 @@
+// linear_act_dropout on a CUDA device: the library's GEMM and one fused element-wise kernel each way (ops).
+//
+// The forward product is taken in fp32 for bf16 and f16 (aten::mm.dtype), so that bias, activation and dropout see what
+// the GEMM accumulated and the result is rounded once. All work goes to the current stream of x's device; nothing waits
+// for it, and the seed stays on the device, so a call can be captured in a CUDA graph.
+#include "cuda/linear_act_dropout.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "ops/linear_act_dropout.h"
+
+namespace mlpkit {
+namespace {
+
+// What a call needs of the runtime: x's device current, its stream, and no autocast between our GEMM and its operands.
+class CudaCall {
+ public:
+  explicit CudaCall(const at::Tensor& x) : device_(x.device()), no_autocast_(c10::autocast_dispatch_keyset) {
+    int major = 0, minor = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.device().index()));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.device().index()));
+    TORCH_CHECK_NOT_IMPLEMENTED(10 * major + minor >= MLPKIT_CUDA_MINIMUM, "linear_act_dropout: ", x.device(),
+                                " has compute capability ", major, ".", minor, "; this build of mlpkit starts at ",
+                                MLPKIT_CUDA_MINIMUM / 10, ".", MLPKIT_CUDA_MINIMUM % 10,
+                                " and can be made with TORCH_CUDA_ARCH_LIST for 7.5 and newer");
+  }
+  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+ private:
+  c10::cuda::CUDAGuard device_;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast_;
+};
+
+c10::ScalarType compute_type(Dtype dtype) { return dtype == Dtype::float64 ? at::kDouble : at::kFloat; }
+
+const void* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.numel() ? tensor.const_data_ptr() : nullptr;
+}
+void* mutable_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.numel() ? tensor.mutable_data_ptr() : nullptr;
+}
+at::Tensor contiguous(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : at::Tensor(); }
+
+// The two bit planes of a saved `bits` tensor; null where the op keeps none.
+template <class Byte>
+struct BitPlanes {
+  Byte* keep;
+  Byte* positive;
+  BitPlanes(const LinearActDropout& op, Byte* bits)
+      : keep(bits && op.keeps_bits() ? bits : nullptr),
+        positive(bits && op.keeps_sign() ? bits + (op.keeps_bits() ? op.plane_bytes() : 0) : nullptr) {}
+};
+
+bool changes_nothing(const LinearActDropout& op) { return op.activation == Activation::identity && op.threshold == 0; }
+
+// x W^T in the compute type
+at::Tensor product(const LinearActDropout& op, const at::Tensor& x, const at::Tensor& weight) {
+  const c10::ScalarType compute = compute_type(op.dtype);
+  if (op.depth == 0) return at::zeros({op.rows, op.cols}, x.options().dtype(compute));
+  return compute == x.scalar_type() ? at::mm(x, weight.t()) : at::mm(x, weight.t(), compute);
+}
+
+ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
+                      double negative_slope, double p, int64_t stream, bool save) {
+  const LinearActDropout op = check_linear_act_dropout(x, weight, bias, slope, seed, activation, p, stream);
+  const CudaCall call(x);
+  const at::Tensor inputs = x.reshape({op.rows, op.depth});
+  const std::vector<int64_t> sizes = output_sizes(x, op.cols);
+  const at::Tensor none = at::empty({0}, x.options());
+  at::Tensor bits = at::empty({save ? op.bits_bytes() : 0}, x.options().dtype(at::kByte));
+  if (changes_nothing(op)) {  // the library adds the bias before it rounds
+    const at::Tensor y = bias ? at::addmm(*bias, inputs, weight.t()) : at::mm(inputs, weight.t());
+    return {y.view(sizes), none, bits};
+  }
+
+  at::Tensor y = at::empty(sizes, x.options());
+  at::Tensor z = save && op.needs == Needs::preactivation ? at::empty_like(y) : none;
+  if (y.numel() == 0) return {y, z, bits};
+  const at::Tensor sums = product(op, inputs, weight), biases = contiguous(bias), slopes = contiguous(slope);
+  const at::Tensor state = op.draws() ? seed->contiguous() : at::Tensor();
+  const BitPlanes<uint8_t> planes(op, static_cast<uint8_t*>(mutable_data_or_null(bits)));
+
+  cuda::ActDropoutForward args{};
+  args.rows = op.rows;
+  args.cols = op.cols;
+  args.dtype = op.dtype;
+  args.activation = op.activation;
+  args.negative_slope = negative_slope;
+  args.dropout.stream = static_cast<uint32_t>(stream);
+  args.dropout.threshold = op.threshold;
+  args.dropout.scale = op.scale;
+  args.seed = state.defined() ? state.const_data_ptr<int64_t>() : nullptr;
+  args.product = sums.const_data_ptr();
+  args.bias = data_or_null(biases);
+  args.slope = data_or_null(slopes);
+  args.slopes = slopes.defined() ? slopes.numel() : 0;
+  args.y = y.mutable_data_ptr();
+  args.z = mutable_data_or_null(z);
+  args.keep = planes.keep;
+  args.positive = planes.positive;
+  C10_CUDA_CHECK(cuda::act_dropout_forward(args, call.stream()));
+  return {y, z, bits};
+}
+
+BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                        const OptionalTensor& slope, const at::Tensor& z, const at::Tensor& bits,
+                        std::string_view activation, double negative_slope, double p, std::array<bool, 4> needs) {
+  const LinearActDropout op = check_linear_act_dropout_backward(dy, x, weight, slope, z, bits, activation, p);
+  const CudaCall call(x);
+  const bool want_dz = needs[0] || needs[1], want_dbias = needs[2], want_dslope = needs[3] && slope.has_value();
+  const bool empty = op.rows == 0 || op.cols == 0;
+  const auto options = x.options();
+  const at::Tensor none = at::empty({0}, options), dys = dy.contiguous(), slopes = contiguous(slope);
+  const auto sums_like = [&](at::IntArrayRef sizes) {
+    return empty ? at::zeros(sizes, options) : at::empty(sizes, options);
+  };
+  at::Tensor dbias = want_dbias ? sums_like({op.cols}) : none;
+  at::Tensor dslope = want_dslope ? sums_like(slope->sizes()) : none;
+  at::Tensor dz =
+      want_dz && !changes_nothing(op) ? at::empty({op.rows, op.cols}, options) : dys.reshape({op.rows, op.cols});
+
+  if (!empty && (want_dbias || want_dslope || (want_dz && !changes_nothing(op)))) {
+    const int64_t scratch_elements = want_dbias || want_dslope ? cuda::scratch_elements(op.rows, op.cols) : 0;
+    const at::Tensor scratch = at::empty({scratch_elements}, options.dtype(compute_type(op.dtype)));
+    const BitPlanes<const uint8_t> planes(op, static_cast<const uint8_t*>(data_or_null(bits)));
+    cuda::ActDropoutBackward args{};
+    args.rows = op.rows;
+    args.cols = op.cols;
+    args.dtype = op.dtype;
+    args.activation = op.activation;
+    args.negative_slope = negative_slope;
+    args.scale = op.scale;
+    args.dy = dys.const_data_ptr();
+    args.z = data_or_null(z);
+    args.slope = data_or_null(slopes);
+    args.slopes = slopes.defined() ? slopes.numel() : 0;
+    args.keep = planes.keep;
+    args.positive = planes.positive;
+    args.dz = want_dz && !changes_nothing(op) ? dz.mutable_data_ptr() : nullptr;
+    args.dbias = want_dbias ? dbias.mutable_data_ptr() : nullptr;
+    args.dslope = want_dslope ? dslope.mutable_data_ptr() : nullptr;
+    args.scratch = mutable_data_or_null(scratch);
+    C10_CUDA_CHECK(cuda::act_dropout_backward(args, call.stream()));
+  }
+
+  at::Tensor dx = needs[0] ? at::mm(dz, weight).view(x.sizes()) : none;
+  at::Tensor dweight = needs[1] ? at::mm(dz.t(), x.reshape({op.rows, op.depth})) : none;
+  return {dx, dweight, dbias, dslope};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mlpkit, CUDA, m) {
+  m.impl("linear_act_dropout_forward", forward);
+  m.impl("linear_act_dropout_backward", backward);
+}
+
+}  // namespace mlpkit
