@@ -59,10 +59,8 @@ struct Place : MaskPanel<T> {
 
 // How many steps are loaded together before the first is used; the activations are unrolled over as many elements.
 // Those of double are long and slow, so it takes fewer.
-template <class T>
-constexpr int batch_of(int elements) {
-  return sizeof(T) == 8 ? elements / 8 : elements / MaskPanel<T>::width;
-}
+template <class T, int elements>
+constexpr int kBatch = sizeof(T) == 8 ? elements / 8 : elements / MaskPanel<T>::width;
 
 // The lane's columns of one row, `count` of them inside; the rest are zero and not read.
 template <int width, class T, class C>
@@ -133,7 +131,7 @@ MLPKIT_HD void to_slopes(Activation activation, const C (&slope)[width], C (&z)[
 template <class T, class C>
 MLPKIT_KERNEL(kThreads, kForwardBlocks)
 forward(const ActDropoutForward args, bool aligned) {
-  constexpr int width = Place<T>::width, batch = batch_of<T>(16);
+  constexpr int width = Place<T>::width, batch = kBatch<T, 16>;
   const Place<T> place(args.rows, args.cols, aligned);
   const int tile = place.row_block;
   if (tile >= place.row_tiles) return;
@@ -204,7 +202,7 @@ MLPKIT_DEVICE void write_sums(const Place<T>& place, C (&sums)[Place<T>::width],
 template <class T, class C, bool reads_z>
 MLPKIT_KERNEL(kThreads, kBackwardBlocks)
 backward(const ActDropoutBackward args, bool aligned, C* bias_sums, C* slope_sums, int64_t stride) {
-  constexpr int width = Place<T>::width, batch = batch_of<T>(reads_z ? 8 : 16);
+  constexpr int width = Place<T>::width, batch = kBatch < T, reads_z ? 8 : 16 > ;
   const Place<T> place(args.rows, args.cols, aligned);
   const int first_tile = place.row_block * kTilesASum;
   if (first_tile >= place.row_tiles) return;
