@@ -1,0 +1,153 @@
+"""Which incidents matter: those that reach a loss, parameter, optimizer state, buffer, gradient or returned value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from mlpkit.trace._chain import links
+from mlpkit.trace._history import History
+from mlpkit.trace._intercept import is_plain
+from mlpkit.trace._ledger import Cell, Ledger
+from mlpkit.trace._numbers import limit
+from mlpkit.trace._records import Incident, OpRecord, Place, Sink
+from mlpkit.trace._scan import scan
+
+_MOST_SINKS = 64
+
+
+class Sinks:
+    """All incidents of a run, and where each of them arrived."""
+
+    def __init__(self, ledger: Ledger, history: History) -> None:
+        self.incidents: list[Incident] = []
+        self._ledger = ledger
+        self._history = history
+        self._trained = False
+        self._escaped: list[tuple[OpRecord, Place]] = []
+
+    def add(self, incident: Incident) -> None:
+        """Keep an incident."""
+        if not incident.listed:
+            incident.listed = True
+            self.incidents.append(incident)
+
+    def reach(self, record: OpRecord, kind: str, name: str, place: Place) -> None:
+        """A bad value arrived where it matters."""
+        incident = record.incident
+        if incident is None or incident.intended:
+            return
+        if not incident.sinks:
+            incident.links = links(record, incident)
+            self.add(incident)
+        if kind in ("parameter", "optimizer state"):
+            incident.calibration = False  # no scaler held it back
+        known = any((sink.kind, sink.name) == (kind, name) for sink in incident.sinks)
+        if not known and len(incident.sinks) < _MOST_SINKS:
+            incident.sinks.append(Sink(kind, name, place, record.op))
+
+    def reach_if_bad(self, tensor: torch.Tensor, kind: str, name: str = "") -> None:
+        """As ``reach``, for a tensor that may be bad."""
+        cell = self._bad_cell(tensor)
+        if cell is not None and cell.record is not None:
+            self.reach(cell.record, kind, name or cell.name, cell.record.place)
+
+    def backward_from(self, roots: Sequence[torch.Tensor], step: int) -> None:
+        """A backward pass begins at these tensors: the loss."""
+        self._trained = True
+        for root in roots:
+            if not is_plain(root):
+                continue
+            if root.numel() == 1:
+                self._history.loss(step, float(root.detach()))
+            cell = self._bad_cell(root)
+            if cell is None or cell.record is None or cell.record.incident is None:
+                continue
+            record, incident = cell.record, cell.record.incident
+            if incident.record is record and record.place.phase == "optimizer":
+                continue  # the loss is finite, only its scaled copy is not
+            if incident.intended:
+                _blame_constant(record, incident)
+            self.reach(record, "loss", "", record.place)
+
+    def escaped(self, records: Iterable[OpRecord], place: Place) -> None:
+        """A value left for Python, by ``.item()`` or the like; it counts if the program never trains."""
+        self._escaped.extend((record, place) for record in records)
+
+    def unscaled(self, incidents: Iterable[Incident], scale: float) -> None:
+        """A gradient scaler looked at gradients that hold these."""
+        for incident in incidents:
+            incident.scale = scale
+            incident.calibration = _is_calibration(incident)
+
+    def skipped(self, event: dict[str, Any], step: int) -> None:
+        """A guarded step was skipped as a whole."""
+        for incident in list(self.incidents):
+            if incident.record.place.step != step or incident.intended:
+                continue
+            if not incident.sinks:
+                self.unscaled([incident], float(event.get("scale") or 1.0))
+                if incident.calibration:
+                    continue
+                self.reach(incident.record, "gradient", str(event.get("culprit") or ""), incident.record.place)
+            incident.skipped = True
+            incident.saved = int(event.get("parameters") or self._ledger.parameters())
+
+    def step_ended(self, step: int) -> None:
+        """Of what came to nothing at one place in the program, step after step, keep the first with a count."""
+        first: dict[tuple[str, str, str, str], Incident] = {}
+        kept = []
+        for incident in self.incidents:
+            record = incident.record
+            site = (record.op, record.place.module, record.place.location, incident.finding.cause)
+            other = first.setdefault(site, incident)
+            if other is incident or incident.live or record.place.step == step:
+                kept.append(incident)
+            else:
+                other.repeats += incident.repeats
+                incident.listed = False
+        self.incidents = kept
+
+    def finish(self) -> None:
+        """The program is over: what it still holds counts too."""
+        self.step_ended(-1)
+        for parameter in self._ledger.leaves():
+            if parameter.grad is not None:
+                cell = self._bad_cell(parameter.grad)
+                if cell is not None and cell.record and cell.record.incident and not cell.record.incident.calibration:
+                    owner = self._ledger.find(parameter)
+                    self.reach(cell.record, "gradient", owner.name if owner else "", cell.record.place)
+        if self._trained:
+            return
+        for record, place in self._escaped:
+            self.reach(record, "returned value", record.op, place)
+        for record in self._ledger.bad_records():
+            if not record.consumed:
+                self.reach(record, "returned value", "", record.place)
+
+    def _bad_cell(self, tensor: torch.Tensor) -> Cell | None:
+        cell = self._ledger.find(tensor)
+        return cell if cell is not None and cell.bad and scan(tensor).bad else None
+
+
+def _blame_constant(record: OpRecord, incident: Incident) -> None:
+    """A constant that was meant to be infinite was picked by the loss after all."""
+    incident.intended = False
+    incident.finding.text = "an infinite constant was picked by the loss"
+    origin: OpRecord | None = record
+    while origin is not None and origin.op != "_log_softmax":
+        origin = origin.bad_parent
+    incident.finding.cause = "log_of_zero" if origin is not None else "domain"
+
+
+def _is_calibration(incident: Incident) -> bool:
+    """The scaled gradient overflowed; the gradient itself would not have."""
+    if incident.scale is None or incident.scale <= 1.0 or incident.record.place.phase not in ("backward", "optimizer"):
+        return False
+    if incident.finding.cause not in ("overflow", "cast_overflow"):
+        return False
+    exact = incident.finding.exact
+    return exact is None or math.isinf(incident.scale) or abs(exact) / incident.scale <= limit(incident.record.dtype)

@@ -1,0 +1,191 @@
+"""``Tracer``: the context manager that users see."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mlpkit import _events
+from mlpkit.errors import ArgumentError
+from mlpkit.trace._diagnosis import Diagnosis, diagnose, healthy
+from mlpkit.trace._intercept import Interceptor, tensors_in
+from mlpkit.trace._observer import Observer
+from mlpkit.trace._where import Surroundings
+
+_LEVELS = ("observe",)
+
+
+class Tracer:
+    """Watches training code and explains the first NaN or Inf that matters.
+
+    Usage::
+
+        with mlpkit.trace.Tracer() as tracer:
+            train()
+        print(tracer.diagnosis)
+
+    model: names modules as its ``named_modules()`` does; without it the first module called from outside is taken as
+    root. level: ``"observe"``, every operation. Tracing changes no loss, gradient, parameter or random number.
+    """
+
+    def __init__(self, model: torch.nn.Module | None = None, level: str = "observe") -> None:
+        if level not in _LEVELS:
+            raise ArgumentError(f"Tracer: level is {level!r}, must be one of {', '.join(_LEVELS)}")
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise ArgumentError(f"Tracer: model is a {type(model).__name__}, must be a torch.nn.Module or None")
+        self._where = Surroundings(model)
+        self._observer = Observer(self._where)
+        self._interceptor: Interceptor | None = None
+        self._unsubscribe: Any = None
+        self._stepped = False
+        self._known_states = -1
+        where = self._where
+        where.on_root = self._know_module
+        where.on_output = self._check_output
+        where.on_optimizer = self._know_optimizer
+        where.on_backward = lambda roots: self._observer.sinks.backward_from(roots, where.step)
+        where.on_step = self._observer.retire
+        where.name_of = self._name_of
+        if model is not None:
+            self._know_module(model)
+
+    def __enter__(self) -> Tracer:
+        if self._interceptor is not None:
+            raise ArgumentError("Tracer: already entered; make a new Tracer for another run")
+        self._interceptor = Interceptor(self._observer)
+        self._unsubscribe = _events.subscribe(self._hear)
+        self._where.open()
+        self._interceptor.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._interceptor is not None
+        self._interceptor.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        self._where.close()
+        self._unsubscribe()
+        with torch.no_grad():
+            self._observer.sinks.finish()
+
+    def next_step(self) -> None:
+        """Begin a step; the first call opens step 0, and from then on optimizer steps no longer count."""
+        self._where.counting = False
+        if self._stepped:
+            self._where.next_step()
+        self._stepped = True
+
+    @property
+    def steps(self) -> int:
+        """Steps seen so far."""
+        return self._where.step + 1
+
+    @property
+    def operations(self) -> int:
+        """Operations seen so far."""
+        return self._observer.operations
+
+    @property
+    def diagnosis(self) -> Diagnosis:
+        """The first failure, or the healthy verdict."""
+        failures = [found for found in self.diagnoses if found.verdict == "failure"]
+        return failures[0] if failures else healthy(self.steps, self._observer.operations)
+
+    @property
+    def diagnoses(self) -> list[Diagnosis]:
+        """Everything found, in the order in which it began; benign findings included. Empty for a clean run."""
+        incidents = sorted(self._observer.sinks.incidents, key=lambda incident: incident.record.index)
+        found = [diagnose(incident) for incident in incidents if not incident.intended]
+        unique: dict[tuple[object, ...], Diagnosis] = {}
+        for one in found:
+            key = (one.verdict, one.step, one.phase, one.op, one.module, one.location, one.node, one.cause)
+            unique.setdefault(key, one)
+        return list(unique.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``diagnosis.json`` holds: the first diagnosis, all of them, and the environment."""
+        return {
+            **self.diagnosis.to_dict(),
+            "diagnoses": [found.to_dict() for found in self.diagnoses],
+            "steps": self.steps,
+            "operations": self._observer.operations,
+            "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
+        }
+
+    def write_json(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``diagnosis.json`` whole or not at all."""
+        return _write_whole(Path(path), json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one HTML page; raises MissingExtraError without the ``report`` extra."""
+        from mlpkit.report import write_page
+        from mlpkit.trace._page import page
+
+        return write_page(path, page(self, self._observer.history))
+
+    # What the program tells about itself.
+
+    def _know_module(self, root: torch.nn.Module) -> None:
+        ledger = self._observer.ledger
+        for name, parameter in root.named_parameters():
+            ledger.name(parameter, "parameter", name)
+        for name, buffer in root.named_buffers():
+            ledger.name(buffer, "buffer", name)
+
+    def _know_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        ledger = self._observer.ledger
+        states: Mapping[Any, Any] = optimizer.state
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                ledger.name(parameter, "parameter", "")
+        if sum(len(state) for state in states.values()) == self._known_states:
+            return
+        self._known_states = sum(len(state) for state in states.values())
+        for parameter, state in states.items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    ledger.name(value, "optimizer state", f"{key} of {self._name_of(parameter)}")
+                    self._observer.sinks.reach_if_bad(value, "optimizer state")
+
+    def _name_of(self, tensor: torch.Tensor) -> str:
+        cell = self._observer.ledger.find(tensor)
+        return cell.name if cell is not None else ""
+
+    def _check_output(self, module: torch.nn.Module, output: Any) -> None:
+        """Without a graph nothing follows the output: it is what the program gets."""
+        if torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        if next(module.parameters(), None) is not None:
+            values = output if isinstance(output, (list, tuple)) else [output]
+            for tensor in tensors_in(values):
+                self._observer.sinks.reach_if_bad(tensor, "returned value", type(module).__name__)
+
+    # Announcements of the guarded step.
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        if event["kind"] != "step":
+            return
+        if event.get("skipped"):
+            self._observer.sinks.skipped(event, self._where.step)
+        self._where.ended = True
+
+
+def _write_whole(target: Path, text: str) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return target
