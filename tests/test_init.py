@@ -192,7 +192,7 @@ def test_a_check_refuses_what_it_cannot_measure():
             y = super().forward(x)
             return y, y
 
-    with pytest.raises(ArgumentError, match="the output is tuple; it must be a floating tensor"):
+    with pytest.raises(ArgumentError, match="output is tuple; it must be a floating tensor"):
         init.check(Pair(100, 2), batch())
     with pytest.raises(ArgumentError, match="must be one of"):
         init.check(nn.Linear(100, 2), batch(), init="ones")

@@ -53,11 +53,15 @@ def suspicious(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Never false when there is one; finite values above about 1e19 raise it too, so ``first_bad`` has the last word.
     """
-    flags = []
-    for group in _groups(tensors):
-        norms = torch._foreach_norm(group, 2, dtype=_wide(group[0].dtype))
-        flags.append(~torch.isfinite(torch.stack(norms)).all())
-    return flags
+    return [~torch.isfinite(group).all() for group in norms(tensors)]
+
+
+def norms(tensors: Sequence[Tensor], *, exact: bool = False) -> list[Tensor]:
+    """The 2-norm of each tensor, one vector per device and dtype; squares summed in float32, or in float64 if exact."""
+    return [
+        torch.stack(torch._foreach_norm(group, 2, dtype=torch.float64 if exact else _wide(group[0].dtype)))
+        for group in _groups(tensors)
+    ]
 
 
 def any_raised(flags: Sequence[Tensor]) -> bool:
@@ -73,10 +77,7 @@ def global_norm(tensors: Sequence[Tensor], *, exact: bool) -> Tensor:
     exact: sum squares in float64, so that finite float32 never overflows. Otherwise per-tensor norms are float32 (about
     four times as fast on a CPU) and values above 1e19 give Inf.
     """
-    totals = []
-    for group in _groups(tensors):
-        norms = torch._foreach_norm(group, 2, dtype=torch.float64 if exact else _wide(group[0].dtype))
-        totals.append(torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64))
+    totals = [torch.linalg.vector_norm(group, dtype=torch.float64) for group in norms(tensors, exact=exact)]
     total: Tensor = torch.linalg.vector_norm(torch.stack(totals))
     return total
 

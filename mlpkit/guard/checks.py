@@ -120,17 +120,18 @@ def check_loss(loss: Any) -> Tensor:
     return loss
 
 
-def check_gradients(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """The (name, gradient) pairs of parameters that have one; raises for none at all, sparse or complex ones."""
-    gradients = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
-    if not gradients:
-        first = named[0][0] if named else "none"
-        raise ArgumentError(
-            f"TrainStep: no parameter received a gradient (the first is {first!r}); the loss ignores them"
-        )
-    for name, gradient in gradients:
-        if gradient.layout != torch.strided:
+def check_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The gradients of the optimizer's parameters; raises ArgumentError when there is none at all, or a sparse one."""
+    parameters = parameters_of(optimizer)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients and all(gradient.layout == torch.strided for gradient in gradients):
+        return gradients
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            name = names[id(parameter)]
             raise ArgumentError(
-                f"TrainStep: the gradient of {name!r} is sparse; use sparse=False, it cannot be guarded"
+                f"TrainStep: the gradient of {name!r} is sparse, which cannot be guarded; use sparse=False"
             )
-    return gradients
+    first = names[id(parameters[0])]
+    raise ArgumentError(f"TrainStep: no parameter received a gradient (the first is {first!r}); the loss ignores them")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,19 @@ from mlpkit.errors import NonFiniteError
 from mlpkit.guard.census import Finding, first_bad
 from mlpkit.guard.record import SkipRecord
 from mlpkit.guard.replay import Autocast, Call, MicroBatch, first_bad_module, tensors_in
-from mlpkit.guard.state import Buffers, state_of
-
-Named = list[tuple[str, Tensor]]
+from mlpkit.guard.state import Buffers, parameters_of, state_of
 
 
 @dataclass
 class Evidence:
     """What one step produced, for as long as it is undecided; ``updated``: whether the optimizer has been asked."""
 
-    parameters: Named
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
     batches: list[MicroBatch]
     buffers: Buffers
-    gradients: Named = field(default_factory=list)
     norm: Tensor | None = None
     updated: bool = False
-    state: Named = field(default_factory=list)
 
     def verdict(self) -> tuple[str, Finding, int] | None:
         """(where, finding, micro-batch) of what went bad first on a step's way, or None: a false alarm. Syncs."""
@@ -35,13 +32,18 @@ class Evidence:
             finding = first_bad([("loss", batch.loss)])
             if finding:
                 return "loss", finding, index
-        last = len(self.batches) - 1
+        names = parameter_names(self.model)
+        parameters = [(names[id(parameter)], parameter) for parameter in parameters_of(self.optimizer)]
+        state = state_of(self.optimizer, names)
         places = {
-            "gradient": first_bad(self.gradients),
+            "gradient": first_bad(
+                (name, parameter.grad) for name, parameter in parameters if parameter.grad is not None
+            ),
             "norm": first_bad([("gradient norm", self.norm)] if self.norm is not None else []),
             "buffer": first_bad(self.buffers.named(), inf_allowed=self.buffers.sentinels),
-            "update": first_bad([*self.parameters, *self.state]) if self.updated else None,
+            "update": first_bad([*parameters, *state]) if self.updated else None,
         }
+        last = len(self.batches) - 1
         return next(((where, finding, last) for where, finding in places.items() if finding), None)
 
 
@@ -108,6 +110,6 @@ def make_record(
         scale=scale,
         loss=loss,
         micro_batch=index,
-        parameters=len(evidence.parameters),
+        parameters=len(parameters_of(evidence.optimizer)),
         note=note,
     )

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mlpkit._events import announce
 from mlpkit.errors import ArgumentError, NonFiniteError
-from mlpkit.guard import census, checks
-from mlpkit.guard.census import Finding, first_bad
-from mlpkit.guard.culprit import Evidence, forward_culprit, make_record, parameter_names, refuse_bad_state
+from mlpkit.guard import bounds, census, checks
+from mlpkit.guard.census import Finding
+from mlpkit.guard.culprit import Evidence, forward_culprit, make_record, refuse_bad_state
 from mlpkit.guard.losses import Loss, own_loss, resolve
 from mlpkit.guard.record import SkipRecord, StepResult, Window
 from mlpkit.guard.replay import MicroBatch, random_state
@@ -139,16 +139,25 @@ class TrainStep:
 
     def _decide(self) -> SkipRecord | None:
         """None when the update was made and is finite; otherwise the record, with everything put back."""
-        names = parameter_names(self.model)
-        parameters = [(names[id(parameter)], parameter) for parameter in parameters_of(self.optimizer)]
-        evidence = Evidence(parameters, self._batches, self._buffers)
-        flags = self._prepare_gradients(evidence) + census.suspicious(self._live_buffers)
-        # On the CPU a flag costs nothing to read; on a device one is read, after the update.
-        if self._device.type == "cpu" and census.any_raised(flags):
-            verdict = evidence.verdict()
-            if verdict:
-                return self._roll_back(evidence, verdict)
+        evidence = Evidence(self.model, self.optimizer, self._batches, self._buffers)
+        flags, norm = self._prepare_gradients(evidence)
+        flags += census.suspicious(self._live_buffers)
+        provable = bounds.provable(self.optimizer)
+        # One flag is read: before the update where its formula can vouch for it, and on the CPU, where reading is free.
+        if provable or self._device.type == "cpu":
+            flags += bounds.doubts(self.optimizer, norm) if provable else []
+            if census.any_raised(flags):
+                verdict = evidence.verdict()
+                if verdict:
+                    return self._roll_back(evidence, verdict)
+            elif provable:
+                self.optimizer.step()
+                return None
             flags = []
+        return self._try_update(evidence, flags)
+
+    def _try_update(self, evidence: Evidence, flags: list[Tensor]) -> SkipRecord | None:
+        """Update with a copy to fall back on."""
         self._saved.take()
         evidence.updated = True
         try:
@@ -159,18 +168,17 @@ class TrainStep:
             if not verdict:
                 raise
             return self._roll_back(evidence, verdict)
-        evidence.state = list(state_of(self.optimizer, names))
-        flags += census.suspicious([tensor for _, tensor in parameters + evidence.state])
+        state = [tensor for _, tensor in state_of(self.optimizer, {})]
+        flags += census.suspicious(parameters_of(self.optimizer) + state)
         verdict = evidence.verdict() if census.any_raised(flags) else None
         return self._roll_back(evidence, verdict) if verdict else None
 
-    def _prepare_gradients(self, evidence: Evidence) -> list[Tensor]:
-        """Unscale and clip in place; the flags say whether a loss or the gradients' norm is Inf or NaN."""
-        evidence.gradients = checks.check_gradients(evidence.parameters)
-        gradients = [gradient for _, gradient in evidence.gradients]
+    def _prepare_gradients(self, evidence: Evidence) -> tuple[list[Tensor], Tensor]:
+        """Unscale and clip in place; flags for bad losses and gradients, and the norm that the update will see."""
+        gradients = checks.check_gradients(self.model, self.optimizer)
         on_cpu = self._device.type == "cpu"
         norm = census.global_norm(gradients, exact=self.clip_norm is not None or not on_cpu)
-        if on_cpu and not torch.isfinite(norm) and first_bad(evidence.gradients) is None:
+        if on_cpu and not torch.isfinite(norm) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             norm = norm.new_tensor(census.scaled_norm(gradients))
         evidence.norm = self._window.norm = norm = norm / self.scale
         finite = torch.isfinite(norm)
@@ -181,7 +189,8 @@ class TrainStep:
         factor = torch.where(finite, factor, 1.0)
         if self.scale != 1 or (self.clip_norm is not None and not (on_cpu and factor == 1)):
             census.multiply(gradients, factor)
-        return [~finite, *(~torch.isfinite(batch.loss) for batch in self._batches)]
+        flags = [~finite, *(~torch.isfinite(batch.loss) for batch in self._batches)]
+        return flags, norm if self.clip_norm is None else norm.clamp(max=self.clip_norm)
 
     def _roll_back(self, evidence: Evidence, verdict: tuple[str, Finding, int]) -> SkipRecord:
         """Put everything back and name the culprit; raises NonFiniteError when the state was bad before the step."""
