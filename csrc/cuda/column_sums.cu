@@ -66,8 +66,11 @@ sum_row(const C* from, T* to, int64_t cols) {
   for (int64_t col = device::thread_index(); col < cols; col += 16 * device::kWarp) {
     C part = 0;
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
-      if (col + i * device::kWarp < cols) part += from[col + i * device::kWarp];
+    for (int i = 0; i < 16; ++i) {
+      C next = 0;
+      if (col + i * device::kWarp < cols) device::load(from + col + i * device::kWarp, next);
+      part += next;
+    }
     sum += part;
   }
 #pragma unroll

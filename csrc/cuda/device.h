@@ -27,6 +27,8 @@ MLPKIT_DEVICE F shuffle_xor(F value, uint32_t lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+MLPKIT_DEVICE void load(const int64_t* from, int64_t& to) { to = *from; }
+
 // One element from memory to the compute type and back; rounds to nearest even, overflow becomes Inf, NaN stays NaN.
 MLPKIT_DEVICE void load(const double* from, double& to) { to = *from; }
 MLPKIT_DEVICE void load(const float* from, float& to) { to = *from; }

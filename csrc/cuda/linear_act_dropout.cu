@@ -139,8 +139,11 @@ forward(const ActDropoutForward args, bool aligned) {
   Dropout dropout = args.dropout;
   uint32_t keep = dropout.threshold ? 0 : kAllSet;
   if (args.seed) {
-    dropout.seed = static_cast<uint64_t>(args.seed[0]);
-    dropout.offset = static_cast<uint32_t>(args.seed[1]);
+    int64_t seed, offset;
+    device::load(args.seed, seed);
+    device::load(args.seed + 1, offset);
+    dropout.seed = static_cast<uint64_t>(seed);
+    dropout.offset = static_cast<uint32_t>(offset);
     keep = place.keep(dropout, place.tile_number(tile));
   }
   const C scale = static_cast<C>(dropout.scale);

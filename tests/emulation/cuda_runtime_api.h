@@ -1,0 +1,4 @@
+// The names of the CUDA runtime that csrc/cuda uses, for the host compiler (emulation).
+#pragma once
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
+using cudaStream_t = struct CUstream_st*;

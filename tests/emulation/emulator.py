@@ -1,0 +1,152 @@
+"""CUDA kernels on the CPU: the sources of csrc/cuda, compiled by the host compiler against the device.h of this folder."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlpkit.reference import ACTIVATIONS
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+KERNELS = ("column_sums.cu", "linear_act_dropout.cu")
+# In the order of core/dtype.h.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def find_compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(compiler: str, folder: Path) -> Emulator:
+    """Compiles the kernels into a shared library below ``folder`` and loads it."""
+    library = folder / "libemulator.so"
+    # No multiply-add contraction and no flags that change values: the CPU kernels of the `default` instruction set
+    # have none either, so that results can be compared bit for bit.
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    includes = ["-I", str(HERE), "-I", str(CSRC)]
+    sources = ["-x", "c++", *(str(CSRC / "cuda" / name) for name in KERNELS), *map(str, sorted(HERE.glob("*.cpp")))]
+    subprocess.run([compiler, *flags, *includes, *sources, "-o", str(library)], check=True)
+    return Emulator(ctypes.CDLL(str(library)))
+
+
+class Emulator:
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.emulator_error.restype = ctypes.c_char_p
+        library.emulate_scratch_elements.restype = ctypes.c_int64
+        self.schedule = 0
+
+    def forward(
+        self,
+        product: Tensor,
+        dtype: torch.dtype,
+        activation: str,
+        *,
+        bias: Tensor | None = None,
+        slope: Tensor | None = None,
+        negative_slope: float = 0.01,
+        p: float = 0.0,
+        seed: Tensor | None = None,
+        stream: int = 0,
+        shift: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(y, z, keep, positive)`` for the product of a GEMM; each is written into memory full of 0xff.
+
+        shift: elements by which y and z miss a 16-byte boundary.
+        """
+        rows, cols = product.shape
+        y, z = (_poisoned(rows * cols, dtype, shift) for _ in range(2))
+        keep, positive = (_poisoned(_plane_bytes(rows, cols), torch.uint8) for _ in range(2))
+        self._run(
+            "emulate_forward",
+            [product, bias, slope, seed],
+            [y, z, keep, positive],
+            *(ctypes.c_int64(rows), ctypes.c_int64(cols), DTYPES.index(dtype), ACTIVATIONS.index(activation)),
+            *(ctypes.c_double(negative_slope), ctypes.c_double(p), ctypes.c_uint32(stream)),
+            *map(_pointer, (seed, product, bias, slope)),
+            ctypes.c_int64(0 if slope is None else slope.numel()),
+            *map(_pointer, (y, z, keep, positive)),
+        )
+        return y.view(rows, cols), z.view(rows, cols), keep, positive
+
+    def backward(
+        self,
+        dy: Tensor,
+        activation: str,
+        *,
+        z: Tensor | None = None,
+        slope: Tensor | None = None,
+        negative_slope: float = 0.01,
+        p: float = 0.0,
+        keep: Tensor | None = None,
+        positive: Tensor | None = None,
+        shift: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(dz, dbias, dslope)`` of what the forward pass saved; dslope is empty without a slope."""
+        rows, cols = dy.shape
+        dz = _poisoned(rows * cols, dy.dtype, shift)
+        dbias, dslope = _poisoned(cols, dy.dtype), _poisoned(0 if slope is None else slope.numel(), dy.dtype)
+        elements = self._library.emulate_scratch_elements(ctypes.c_int64(rows), ctypes.c_int64(cols))
+        scratch = _poisoned(elements, torch.float64 if dy.dtype == torch.float64 else torch.float32)
+        self._run(
+            "emulate_backward",
+            [dy, z, slope, keep, positive],
+            [dz, dbias, dslope, scratch],
+            *(ctypes.c_int64(rows), ctypes.c_int64(cols), DTYPES.index(dy.dtype), ACTIVATIONS.index(activation)),
+            *(ctypes.c_double(negative_slope), ctypes.c_double(p)),
+            *map(_pointer, (dy, z, slope)),
+            ctypes.c_int64(0 if slope is None else slope.numel()),
+            *map(_pointer, (keep, positive, dz, dbias, None if slope is None else dslope, scratch)),
+        )
+        return dz.view(rows, cols), dbias, dslope
+
+    def _run(self, name: str, read: list[Tensor | None], written: list[Tensor], *args: object) -> None:
+        self.schedule += 1
+        self._library.emulator_begin(ctypes.c_uint32(self.schedule))
+        for tensors, writable in ((read, 0), (written, 1)):
+            for tensor in tensors:
+                if tensor is not None:
+                    size = ctypes.c_int64(tensor.nbytes)
+                    self._library.emulator_allow(_pointer(tensor), size, writable)
+        code = getattr(self._library, name)(*args)
+        message = self._library.emulator_error().decode()
+        assert code == 0, f"{name}: error {code} {message}"
+
+
+def plane(bits: Tensor) -> Tensor:
+    """A bool tensor (rows, cols) as a bit plane: byte l of a 16x16 tile is lane l's, bit 2 w + h half h of its word w."""
+    rows, cols = bits.shape
+    tiles = (math.ceil(rows / 16), math.ceil(cols / 16))
+    padded = np.zeros((tiles[0] * 16, tiles[1] * 16), dtype=np.uint8)
+    padded[:rows, :cols] = bits.numpy()
+    # Axes: row tile, lower half, row, col tile, right half, pair of columns, odd column.
+    parts = padded.reshape(tiles[0], 2, 8, tiles[1], 2, 4, 2).transpose(0, 3, 2, 5, 4, 1, 6)
+    weights = np.array([1, 2, 4, 8, 16, 32, 64, 128], dtype=np.uint8)
+    return torch.from_numpy((parts.reshape(-1, 8) * weights).sum(axis=1, dtype=np.uint8))
+
+
+def inside(rows: int, cols: int) -> Tensor:
+    """The bits of a plane that belong to an element; the rest of a ragged tile may hold anything."""
+    return plane(torch.ones(rows, cols, dtype=torch.bool))
+
+
+def _plane_bytes(rows: int, cols: int) -> int:
+    return math.ceil(rows / 16) * math.ceil(cols / 16) * 32
+
+
+def _poisoned(elements: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
+    size = dtype.itemsize
+    return torch.full(((elements + shift) * size,), 0xFF, dtype=torch.uint8).view(dtype)[shift:]
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None or tensor.numel() == 0 else tensor.data_ptr())
