@@ -15,6 +15,7 @@ OPTIMIZERS = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, amsgrad=True),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01, momentum=0.5),
+    "centred_rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01, centered=True),
 }
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -307,6 +308,16 @@ def test_an_optimizer_that_raises_halfway_is_put_back():
     assert_same_bits([model.state_dict(), optimizer.state_dict()], before)
 
 
+def test_a_second_moment_that_someone_made_negative_ruins_no_parameter():
+    run = Run("adamw")
+    run.take(2)
+    run.optimizer.state[run.model[4].bias]["exp_avg_sq"][0] = -1.0
+    before = run.state()[:3]
+    result = run.step(*run.batch())
+    assert (result.culprit, result.record.where, result.record.kind) == ("4.bias", "update", "NaN")
+    assert_same_bits(run.state()[:3], before)
+
+
 def test_an_intended_infinity_in_a_buffer_is_no_fault():
     class Masked(nn.Module):
         def __init__(self):
@@ -323,8 +334,11 @@ def test_an_intended_infinity_in_a_buffer_is_no_fault():
     assert step(torch.full((4, 4), torch.nan), torch.zeros(4, 4)).culprit == "inputs"
 
 
-@pytest.mark.parametrize(("how", "error"), [("rebound", "'mean' rebound"), ("resized", "'mean' resized")])
-def test_a_buffer_that_the_forward_rebinds_or_resizes_is_refused_by_name(how, error):
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [("rebound", "'mean' rebound"), ("resized", "'mean' resized"), ("added", "a new buffer 'other' in ''")],
+)
+def test_a_buffer_that_the_forward_rebinds_resizes_or_adds_is_refused_by_name(how, error):
     class Tracks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -334,6 +348,8 @@ def test_a_buffer_that_the_forward_rebinds_or_resizes_is_refused_by_name(how, er
         def forward(self, x):
             if how == "rebound":
                 self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            elif how == "added":
+                self.register_buffer("other", torch.zeros(1))
             else:
                 self.mean.resize_(5)
             return self.linear(x)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlpkit.guard.census import norms
+from mlpkit.guard.census import Readings
 from mlpkit.guard.state import parameters_of
 
 LARGEST = 2.0**40
@@ -26,30 +26,31 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def provable(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the bound holds for this optimizer's formula and settings; its tensors are for ``doubts`` to judge."""
+    """Whether the bound holds for this optimizer's formula and settings; its tensors are for the readings to show."""
     hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     # A subclass may compute anything, and so may a hook.
     return type(optimizer) in _KNOWN and not hooked and all(_modest(group) for group in optimizer.param_groups)
 
 
-def doubts(optimizer: torch.optim.Optimizer, norm: Tensor) -> list[Tensor]:
-    """Flags (0-dim bool) that go up unless all tensors are within the bound, NaN included: one read of each.
-
-    norm: 0-dim, of the gradients that the update will see.
-    """
+def add_readings(readings: Readings, optimizer: torch.optim.Optimizer) -> None:
+    """Add what must hold of parameters and state, NaN included: one read of each tensor."""
     tensors = parameters_of(optimizer)
-    not_negative: list[Tensor] = []
     counts: list[Tensor] = []
     for entries in optimizer.state.values():
         for key, value in entries.items():
-            if isinstance(value, Tensor):
-                (tensors if key not in _NOT_NEGATIVE else counts if value.dim() == 0 else not_negative).append(value)
-    flags = [~(norm <= LARGEST)]
-    flags += [~(group <= LARGEST).all() for group in norms(tensors)]
-    flags += [~((low >= 0) & (high <= LARGEST)) for low, high in (t.aminmax() for t in not_negative if t.numel())]
+            if not isinstance(value, Tensor) or not value.numel():
+                continue
+            if key not in _NOT_NEGATIVE:
+                tensors.append(value)
+            elif value.dim() == 0:
+                counts.append(value)
+            else:
+                low, high = value.aminmax()
+                readings.add(-low, 0.0)
+                readings.add(high, LARGEST)
+    readings.add_norms(tensors, LARGEST)
     if counts:
-        flags.append(~(torch.stack(counts) >= 0).all())
-    return flags
+        readings.add(-torch.stack(counts), 0.0)
 
 
 def _modest(group: dict[str, Any]) -> bool:

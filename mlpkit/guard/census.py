@@ -1,8 +1,9 @@
-"""Passes over lists of tensors: the global norm, a quick flag for Inf and NaN, and the exact count behind it."""
+"""Passes over lists of tensors: norms, a quick reading that shows Inf and NaN, and the exact count behind it."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 Named = Iterable[tuple[str, Tensor]]
+FINITE = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,29 @@ def first_bad(tensors: Named, *, inf_allowed: frozenset[str] = frozenset()) -> F
     return None if first is None else Finding(*first, bad)
 
 
-def suspicious(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Flags (0-dim bool, one per device and dtype), true when a tensor may hold Inf or NaN: one read, no sync.
+class Readings:
+    """Numbers on the device and their limits, compared after one read: one sync, however many there are."""
 
-    Never false when there is one; finite values above about 1e19 raise it too, so ``first_bad`` has the last word.
-    """
-    return [~torch.isfinite(group).all() for group in norms(tensors)]
+    def __init__(self) -> None:
+        self._values: dict[torch.device, list[Tensor]] = {}
+        self._limits: dict[torch.device, list[float]] = {}
+
+    def add(self, values: Tensor, limit: float = FINITE) -> None:
+        """Ask that every one of ``values`` (any shape, not empty) is at most ``limit``; NaN is not."""
+        self._values.setdefault(values.device, []).append(values.reshape(-1))
+        self._limits.setdefault(values.device, []).extend([limit] * values.numel())
+
+    def add_norms(self, tensors: Sequence[Tensor], limit: float = FINITE) -> None:
+        """Ask it of the float32 norm of each tensor: exceeded by any Inf or NaN in it, and by values above 1e19."""
+        for group in norms(tensors):
+            self.add(group, limit)
+
+    def exceeded(self) -> bool:
+        """Whether any number is above its limit. Syncs once."""
+        return any(
+            not all(value <= limit for value, limit in zip(torch.cat(values).tolist(), self._limits[device]))
+            for device, values in self._values.items()
+        )
 
 
 def norms(tensors: Sequence[Tensor], *, exact: bool = False) -> list[Tensor]:
@@ -62,13 +81,6 @@ def norms(tensors: Sequence[Tensor], *, exact: bool = False) -> list[Tensor]:
         torch.stack(torch._foreach_norm(group, 2, dtype=torch.float64 if exact else _wide(group[0].dtype)))
         for group in _groups(tensors)
     ]
-
-
-def any_raised(flags: Sequence[Tensor]) -> bool:
-    """Whether any flag is true: one sync, if one of them lies on a device."""
-    here = [flag.reshape(()) for flag in flags if flag.device.type == "cpu"]
-    there = [flag.reshape(()) for flag in flags if flag.device.type != "cpu"]
-    return any(bool(torch.stack(group).any()) for group in (here, there) if group)
 
 
 def global_norm(tensors: Sequence[Tensor], *, exact: bool) -> Tensor:

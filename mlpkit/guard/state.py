@@ -41,6 +41,7 @@ class Buffers:
         self._model = model
         self._copies = Copies()
         self._entries: list[tuple[dict[str, Tensor | None], str, str, Tensor | None, torch.Size]] = []
+        self._owners: list[tuple[str, dict[str, Tensor | None], set[str]]] = []
         # A sentinel (a mask of -inf, an observer's first minimum) is meant; statistics of a norm never are.
         self.sentinels = frozenset(name for name, buffer in self.named() if _is_sentinel(name, buffer))
 
@@ -51,16 +52,16 @@ class Buffers:
     def take(self) -> None:
         """Remember which tensors the buffers are, and copy them."""
         self._entries = []
-        for prefix, module in self._model.named_modules():
-            for key, buffer in module._buffers.items():
+        self._owners = [(name, module._buffers, set(module._buffers)) for name, module in self._model.named_modules()]
+        for prefix, owner, _ in self._owners:
+            for key, buffer in owner.items():
                 name = f"{prefix}.{key}" if prefix else key
                 shape = torch.Size() if buffer is None else buffer.shape
-                self._entries.append((module._buffers, key, name, buffer, shape))
+                self._entries.append((owner, key, name, buffer, shape))
         self._copies.take([buffer for *_, buffer, _ in self._entries if buffer is not None])
 
     def checked(self) -> list[Tensor]:
         """The float buffers that must be finite. Raises ArgumentError naming one that was rebound, resized or added."""
-        known = {(id(owner), key) for owner, key, *_ in self._entries}
         for owner, key, name, buffer, shape in self._entries:
             now = owner.get(key)
             if now is not buffer or (now is not None and now.shape != shape):
@@ -69,16 +70,18 @@ class Buffers:
                     f"TrainStep: the forward left buffer {name!r} {how}; change it in place with copy_, "
                     "or a bad step cannot be undone"
                 )
-        for name, module in self._model.named_modules():
-            for key in module._buffers:
-                if (id(module._buffers), key) not in known:
-                    raise ArgumentError(
-                        f"TrainStep: the forward registered a new buffer {key!r} in {name!r}; do so before"
-                    )
+        for prefix, owner, keys in self._owners:
+            for key in owner.keys() - keys:
+                raise ArgumentError(
+                    f"TrainStep: the forward registered a new buffer {key!r} in {prefix!r}; do so before"
+                )
         return [buffer for _, _, name, buffer, _ in self._entries if buffer is not None and name not in self.sentinels]
 
     def restore(self) -> None:
-        """Bind and fill the buffers as they were."""
+        """Bind and fill the buffers as they were; new ones go."""
+        for _, owner, keys in self._owners:
+            for key in owner.keys() - keys:
+                del owner[key]
         for owner, key, _, buffer, shape in self._entries:
             owner[key] = buffer
             if buffer is not None and buffer.shape != shape:

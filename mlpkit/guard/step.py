@@ -63,6 +63,7 @@ class TrainStep:
         self.steps = 0  # taken and skipped
         self.skipped = 0
         self._loss = resolve(loss)
+        self._parameters = list(model.parameters())
         self._buffers = Buffers(model)
         self._saved = OptimizerCopy(optimizer)
         self._batches: list[MicroBatch] = []
@@ -140,23 +141,27 @@ class TrainStep:
     def _decide(self) -> SkipRecord | None:
         """None when the update was made and is finite; otherwise the record, with everything put back."""
         evidence = Evidence(self.model, self.optimizer, self._batches, self._buffers)
-        flags, norm = self._prepare_gradients(evidence)
-        flags += census.suspicious(self._live_buffers)
+        readings = census.Readings()
         provable = bounds.provable(self.optimizer)
-        # One flag is read: before the update where its formula can vouch for it, and on the CPU, where reading is free.
+        update_norm = self._prepare_gradients(evidence)
+        readings.add(update_norm, bounds.LARGEST if provable else census.FINITE)
+        readings.add(torch.stack([batch.loss.reshape(()) for batch in self._batches]).abs())
+        readings.add_norms(self._live_buffers)
+        # Read once: before the update where its formula can vouch for it, and on the CPU, where reading is free.
         if provable or self._device.type == "cpu":
-            flags += bounds.doubts(self.optimizer, norm) if provable else []
-            if census.any_raised(flags):
+            if provable:
+                bounds.add_readings(readings, self.optimizer)
+            if readings.exceeded():
                 verdict = evidence.verdict()
                 if verdict:
                     return self._roll_back(evidence, verdict)
             elif provable:
                 self.optimizer.step()
                 return None
-            flags = []
-        return self._try_update(evidence, flags)
+            readings = census.Readings()
+        return self._try_update(evidence, readings)
 
-    def _try_update(self, evidence: Evidence, flags: list[Tensor]) -> SkipRecord | None:
+    def _try_update(self, evidence: Evidence, readings: census.Readings) -> SkipRecord | None:
         """Update with a copy to fall back on."""
         self._saved.take()
         evidence.updated = True
@@ -168,29 +173,29 @@ class TrainStep:
             if not verdict:
                 raise
             return self._roll_back(evidence, verdict)
-        state = [tensor for _, tensor in state_of(self.optimizer, {})]
-        flags += census.suspicious(parameters_of(self.optimizer) + state)
-        verdict = evidence.verdict() if census.any_raised(flags) else None
+        readings.add_norms([*parameters_of(self.optimizer), *(tensor for _, tensor in state_of(self.optimizer, {}))])
+        verdict = evidence.verdict() if readings.exceeded() else None
         return self._roll_back(evidence, verdict) if verdict else None
 
-    def _prepare_gradients(self, evidence: Evidence) -> tuple[list[Tensor], Tensor]:
-        """Unscale and clip in place; flags for bad losses and gradients, and the norm that the update will see."""
+    def _prepare_gradients(self, evidence: Evidence) -> Tensor:
+        """Unscale and clip in place; returns the norm that the update will see, 0-dim float64, not finite if bad."""
         gradients = checks.check_gradients(self.model, self.optimizer)
         on_cpu = self._device.type == "cpu"
         norm = census.global_norm(gradients, exact=self.clip_norm is not None or not on_cpu)
         if on_cpu and not torch.isfinite(norm) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             norm = norm.new_tensor(census.scaled_norm(gradients))
         evidence.norm = self._window.norm = norm = norm / self.scale
-        finite = torch.isfinite(norm)
+        if self.clip_norm is None and self.scale == 1:
+            return norm
         factor = torch.full_like(norm, 1 / self.scale)
         if self.clip_norm is not None:
             factor = factor * (self.clip_norm / norm).clamp(max=1.0)
         # Bad gradients stay as they are, so that an Inf is still an Inf when the culprit is looked for.
+        finite = torch.isfinite(norm)
         factor = torch.where(finite, factor, 1.0)
-        if self.scale != 1 or (self.clip_norm is not None and not (on_cpu and factor == 1)):
+        if not (on_cpu and factor == 1):
             census.multiply(gradients, factor)
-        flags = [~finite, *(~torch.isfinite(batch.loss) for batch in self._batches)]
-        return flags, norm if self.clip_norm is None else norm.clamp(max=self.clip_norm)
+        return norm if self.clip_norm is None else torch.where(finite, norm.clamp(max=self.clip_norm), norm)
 
     def _roll_back(self, evidence: Evidence, verdict: tuple[str, Finding, int]) -> SkipRecord:
         """Put everything back and name the culprit; raises NonFiniteError when the state was bad before the step."""
@@ -229,7 +234,7 @@ class TrainStep:
         self._clear_gradients()
 
     def _clear_gradients(self) -> None:
-        for parameter in (*self.model.parameters(), *parameters_of(self.optimizer)):
+        for parameter in (*self._parameters, *parameters_of(self.optimizer)):
             parameter.grad = None
 
     def _autocast(self) -> AbstractContextManager[Any]:
