@@ -1,4 +1,4 @@
-"""CUDA kernels on the CPU: the sources of csrc/cuda, compiled by the host compiler against the device.h of this folder."""
+"""CUDA kernels on the CPU: the sources of csrc/cuda, compiled by the host compiler against this folder's device.h."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Emulator:
 
 
 def plane(bits: Tensor) -> Tensor:
-    """A bool tensor (rows, cols) as a bit plane: byte l of a 16x16 tile is lane l's, bit 2 w + h half h of its word w."""
+    """Bools (rows, cols) as a bit plane: byte l of a 16x16 tile is lane l's, bit 2 w + h half h of its word w."""
     rows, cols = bits.shape
     tiles = (math.ceil(rows / 16), math.ceil(cols / 16))
     padded = np.zeros((tiles[0] * 16, tiles[1] * 16), dtype=np.uint8)

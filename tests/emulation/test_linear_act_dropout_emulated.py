@@ -1,4 +1,4 @@
-"""The CUDA kernels of linear_act_dropout, run lane by lane on the CPU, against the CPU kernels and the mask contract."""
+"""The CUDA kernels of linear_act_dropout, run lane by lane on the CPU: the CPU kernels' bits, the contract's masks."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def _without_multiply_add():
 
 
 class Layer:
-    """One case: z itself as the product, since x is z and the weight is the identity, and everything CPU and CUDA take."""
+    """One case. The weight is the identity: x is the product, which CPU and CUDA then do the same with."""
 
     def __init__(self, rows, cols, dtype, activation, p, slopes=1, bias=False):
         generator = torch.Generator().manual_seed(rows * 1000 + cols)
