@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from mlpkit.errors import ArgumentError
 from mlpkit.report._extras import require
-from mlpkit.report.blocks import Fact, Figure, Section
+from mlpkit.report.blocks import Fact, Figure, Section, Table
 
 Tone = Literal["good", "notice", "bad", "neutral"]
 _TONES = ("good", "notice", "bad", "neutral")
@@ -59,7 +60,7 @@ def render_page(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update(
-        cell=_cell, numeric=_is_number, script_json=_script_json, plain_json=_plain_json, slug=_slug
+        cell=_cell, number_columns=_number_columns, script_json=_script_json, base64_json=_base64_json, slug=_slug
     )
     page: str = environment.from_string(_resource("template.html")).render(
         kind=kind,
@@ -104,7 +105,15 @@ def _plotly_js() -> str:
 
 
 def _is_number(value: object) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"[+\-±]?\d[\d.,]*(e[+-]?\d+)?", value) is not None
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number_columns(table: Table) -> list[bool]:
+    """Which columns are right-aligned: those where half of the filled cells are numbers."""
+    columns = [[row[at] for row in table.rows if row[at] is not None] for at in range(len(table.columns))]
+    return [2 * sum(map(_is_number, cells)) >= max(1, len(cells)) for cells in columns]
 
 
 def _cell(value: object) -> str:
@@ -121,6 +130,10 @@ def _cell(value: object) -> str:
 
 def _plain_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=True, allow_nan=False)
+
+
+def _base64_json(value: object) -> str:
+    return base64.b64encode(_plain_json(value).encode()).decode()
 
 
 def _script_json(value: object) -> Any:

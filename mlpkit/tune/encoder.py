@@ -1,4 +1,4 @@
-"""Columns to network inputs: median imputation, missing indicators, one-hot, standardising. Fitted on training rows only."""
+"""Columns to network inputs: imputation, missing indicators, one-hot, standardising. Learns from training rows only."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Encoder:
                 if code.indicator:
                     parts.append(missing)
             else:
-                parts.extend(np.equal(values, level) for level in code.levels)
+                parts.extend(values == level for level in code.levels)
         return np.stack(parts, axis=1).astype(np.float32) if parts else np.empty((0, 0), dtype=np.float32)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ class Fold:
 
 
 def make_folds(target: npt.NDArray[Any], folds: int, seed: int, *, stratify: bool) -> list[Fold]:
-    """Deal the rows into ``folds`` test parts (class by class if ``stratify``), and part of the rest into validation."""
+    """Deal the rows into ``folds`` test parts (class by class if ``stratify``), and part of the rest to validation."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
     part = _deal(target, folds, rng, stratify)
     result = []
@@ -52,11 +51,8 @@ def split(target: npt.NDArray[Any], rows: Rows, rng: np.random.Generator, *, str
 def _deal(target: npt.NDArray[Any], folds: int, rng: np.random.Generator, stratify: bool) -> Rows:
     # Going round the folds without a restart between classes keeps the parts equal in size within one row,
     # and puts a class with fewer rows than folds into different parts.
-    groups: Iterable[Rows]
-    if stratify:
-        groups = [np.flatnonzero(target == label) for label in np.unique(target)]
-    else:
-        groups = [np.arange(len(target))]
+    labels = target if stratify else np.zeros(len(target))
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     order = np.concatenate([rng.permutation(group) for group in groups])
     part = np.empty(len(target), dtype=np.int64)
     part[order] = np.arange(len(target)) % folds

@@ -1,4 +1,4 @@
-"""The tuned model on raw tables: predict, score, save, load. Weights are safetensors, the rest JSON; nothing is pickled."""
+"""The tuned model on raw tables: predict, score, save, load. Weights are safetensors, the rest JSON: no pickle."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def render(run: Run) -> str:
     verdicts = run.verdicts
     return render_page(
         kind="mlpkit tune",
-        title=f"How deep does {run.estimator.target_name} need to go?",
+        title=f"How many layers does {run.estimator.target_name} need?",
         lead=_lead(run),
         verdict=[verdict.text for verdict in verdicts[:3]],
         tone=_tone(run),
@@ -81,16 +81,16 @@ def _leaderboard(run: Run) -> Table:
     ]
     metric = "R²" if run.metric == "R2" else "Accuracy"
     columns = ["Hidden layers", metric, "SE", "Against linear", "On training rows", "Parameters", "Seconds", "State"]
-    return Table(columns, rows, "Leaderboard", highlight=[done.index(run.winner)])
+    return Table(columns, rows, highlight=[done.index(run.winner)])
 
 
 def _row(trial: Trial, linear: Trial) -> list[object]:
     if trial.state != "complete":
-        return [trial.name, None, None, None, None, trial.parameters, round(trial.seconds, 1), trial.state]
+        return [trial.name, None, None, None, None, trial.parameters, f"{trial.seconds:.1f}", trial.state]
     change = "baseline" if trial is linear else f"{trial.mean - linear.mean:+.4f}"
     return [
-        trial.name, round(trial.mean, 4), round(trial.se, 4), change, round(trial.train_mean, 4), trial.parameters,
-        round(trial.seconds, 1), trial.state,
+        trial.name, f"{trial.mean:.4f}", f"{trial.se:.4f}", change, f"{trial.train_mean:.4f}", trial.parameters,
+        f"{trial.seconds:.1f}", trial.state,
     ]  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _reproducibility(run: Run) -> list[Code | Table]:
     settings = run.settings
     kind = "stratified by class" if run.estimator.task == "classification" else "random"
     rows: list[list[object]] = [
-        ["Seed", str(settings["seed"])],
+        ["Seed", f"{settings['seed']}"],
         [
             "Folds",
             f"{settings['cv']}, {kind}, test parts of {', '.join(str(len(fold.test)) for fold in run.folds)} rows",
@@ -150,4 +150,4 @@ def _reproducibility(run: Run) -> list[Code | Table]:
         *[[name, value] for name, value in environment["versions"].items()],
     ]
     blocks: list[Code | Table] = [Code(environment["command"], "Command")] if environment["command"] else []
-    return [*blocks, Table(["What", "Value"], rows, "Settings and versions")]
+    return [*blocks, Table(["Setting", "Value"], rows)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,8 @@ def ladder(run: Run) -> Figure:
     for rung, title in enumerate(_RUNGS):
         members = [trial for trial in done if len(trial.hidden) == rung]
         if members:
-            traces.append(_points(members, title, _TONES[rung], winner))
+            traces.append(_points(members, title, _TONES[rung]))
+    traces.append(_ring(winner))
     shapes = [_band(winner.mean - winner.se, winner.mean + winner.se)]
     layout = {
         "xaxis": {
@@ -37,7 +39,7 @@ def ladder(run: Run) -> Figure:
         "yaxis": {"title": {"text": metric}, "tickformat": ".3~f"},
         "shapes": shapes,
     }
-    rows = [[trial.name, _RUNGS[len(trial.hidden)], round(trial.mean, 4), round(trial.se, 4)] for trial in done]
+    rows = [[trial.name, _RUNGS[len(trial.hidden)], f"{trial.mean:.4f}", f"{trial.se:.4f}"] for trial in done]
     best = ", ".join(f"{trial.name} {trial.mean:.3f}" for trial in run.climb.best.values())
     return Figure(
         f"{metric} by hidden layers",
@@ -68,7 +70,7 @@ def curves(run: Run) -> Figure:
     )  # fmt: skip
     layout = {
         "xaxis": {"title": {"text": "epoch"}, "rangemode": "tozero", "showgrid": False},
-        "yaxis": {"title": {"text": "loss"}, "type": "log", **_log_ticks(lowest, outcomes)},
+        "yaxis": {"title": {"text": "loss"}, "type": "log", **_log_ticks(*_range(traces))},
     }
     rows = [
         [number + 1, outcome.best_epoch + 1, outcome.train_loss[outcome.best_epoch], min(outcome.validation_loss),
@@ -99,17 +101,8 @@ def folds(run: Run) -> Figure:
     winner, linear, metric = run.winner, run.climb.linear, _metric(run)
     rival = linear if winner is not linear else _best_other(run)
     names = [f"fold {number + 1}" for number in range(len(winner.scores))]
-    pairs = (
-        [(linear, "var(--quiet)"), (winner, "var(--accent)")] if winner is not linear else [(linear, "var(--accent)")]
-    )
-    if winner is linear and rival is not None:
-        pairs.append((rival, "var(--quiet)"))
-    traces: list[dict[str, Any]] = []
-    if rival is not None:
-        for name, a, b in zip(names, winner.scores, rival.scores):
-            line = {"color": "var(--line)", "width": 3}
-            traces.append({"type": "scatter", "mode": "lines", "x": [a, b], "y": [name, name], "line": line,
-                           "showlegend": False, "hoverinfo": "skip"})  # fmt: skip
+    pairs = [(winner, "var(--accent)")] if rival is None else [(rival, "var(--quiet)"), (winner, "var(--accent)")]
+    traces = [] if rival is None else _bars(names, winner.scores, rival.scores)
     for trial, colour in pairs:
         marker = {"color": colour, "size": 12}
         traces.append({"type": "scatter", "mode": "markers", "x": trial.scores, "y": names, "name": trial.name,
@@ -119,7 +112,7 @@ def folds(run: Run) -> Figure:
         "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
     }
     columns = ["Fold", *(trial.name for trial, _ in pairs)]
-    rows = [[name, *(round(trial.scores[at], 4) for trial, _ in pairs)] for at, name in enumerate(names)]
+    rows = [[name, *(f"{trial.scores[at]:.4f}" for trial, _ in pairs)] for at, name in enumerate(names)]
     worst, best = min(winner.scores), max(winner.scores)
     return Figure(
         f"{metric} on each fold",
@@ -139,16 +132,29 @@ def _best_other(run: Run) -> Trial | None:
     return max(others, key=lambda trial: trial.mean) if others else None
 
 
-def _points(members: list[Trial], title: str, colour: str, winner: Trial) -> dict[str, Any]:
-    ring = [3 if trial is winner else 0 for trial in members]
+def _bars(names: list[str], ends: list[float], starts: list[float]) -> list[dict[str, Any]]:
+    line = {"color": "var(--line)", "width": 3}
+    return [
+        {"type": "scatter", "mode": "lines", "x": [start, end], "y": [name, name], "line": line, "showlegend": False,
+         "hoverinfo": "skip"}
+        for name, start, end in zip(names, starts, ends)
+    ]  # fmt: skip
+
+
+def _points(members: list[Trial], title: str, colour: str) -> dict[str, Any]:
+    error = [trial.se for trial in members]
     return {
         "type": "scatter", "mode": "markers", "name": title, "x": [trial.name for trial in members],
-        "y": [trial.mean for trial in members],
-        "error_y": {"type": "data", "array": [trial.se for trial in members], "color": colour, "thickness": 1.4, "width": 5},
-        "marker": {"color": colour, "size": [15 if trial is winner else 10 for trial in members],
-                   "line": {"color": "var(--ink)", "width": ring}},
+        "y": [trial.mean for trial in members], "marker": {"color": colour, "size": 10},
+        "error_y": {"type": "data", "array": error, "color": colour, "thickness": 1.4, "width": 5},
         "hovertemplate": "%{x}: %{y:.4f} ± %{error_y.array:.4f}<extra></extra>",
     }  # fmt: skip
+
+
+def _ring(winner: Trial) -> dict[str, Any]:
+    marker = {"symbol": "circle-open", "color": "var(--ink)", "size": 19, "line": {"width": 2}}
+    return {"type": "scatter", "mode": "markers", "name": "winner", "x": [winner.name], "y": [winner.mean],
+            "marker": marker, "hoverinfo": "skip"}  # fmt: skip
 
 
 def _joined(run: Run) -> dict[str, Any]:
@@ -180,5 +186,15 @@ def _mean_curve(lines: list[list[float]]) -> list[float]:
     return [float(value) for value in np.mean([line[:length] for line in lines], axis=0)]
 
 
-def _log_ticks(lowest: list[float], outcomes: list[Any]) -> dict[str, Any]:
-    return {"dtick": "D2"} if max(max(o.validation_loss) for o in outcomes) < 100 * min(lowest) else {"dtick": 1}
+def _range(traces: list[dict[str, Any]]) -> tuple[float, float]:
+    values = [value for trace in traces for value in trace["y"] if value > 0.0]
+    return (min(values), max(values)) if values else (0.1, 1.0)
+
+
+def _log_ticks(low: float, high: float) -> dict[str, Any]:
+    """1, 2, 5 of every decade where few decades are shown, else the decades alone."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high < 300 * low else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    shown = [tick for tick in ticks if low / 2 <= tick <= high * 2]
+    return {"tickvals": shown, "ticktext": [f"{tick:.3g}" for tick in shown]}

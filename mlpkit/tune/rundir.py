@@ -50,6 +50,8 @@ def write(path: Path, overwrite: bool, fill: Callable[[Path], None]) -> None:
     try:
         fill(made)
         os.chmod(made, 0o755)
+        for file in made.iterdir():
+            os.chmod(file, 0o644)  # Some writers keep a file to its owner.
         if path.exists():
             # The old run steps aside first: a directory cannot be replaced in one move.
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

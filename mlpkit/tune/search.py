@@ -9,43 +9,29 @@ import statistics
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from mlpkit.errors import ArgumentError, DataError, NonFiniteError, ShapeError
+from mlpkit.errors import ArgumentError, NonFiniteError
 from mlpkit.tune import progress as speak
 from mlpkit.tune import rundir, trainer
 from mlpkit.tune.encoder import Encoder
 from mlpkit.tune.folds import Fold, make_folds
 from mlpkit.tune.ladder import Climb, Hidden, Trial, climb
 from mlpkit.tune.model import TunedModel
+from mlpkit.tune.problem import Problem, encode_fold, read_problem, target_scale, target_tensor
 from mlpkit.tune.run import Run
 from mlpkit.tune.study import to_study
-from mlpkit.tune.table import Column, clean, fingerprint, learn_columns, pandas, take_target, to_frame
-from mlpkit.tune.target import Target, learn_target
 from mlpkit.tune.verdicts import judge
 
 STRATEGIES = ("auto", "constructive")
 
-_LR = 3e-3
-_WEIGHT_DECAY = 0.3  # AdamW's: the weights shrink by lr * weight_decay = 0.1 % a step.
+_LR = 6e-3
+_WEIGHT_DECAY = 0.3  # AdamW's: the weights shrink by lr * weight_decay = 0.18 % a step.
 _WRAP_UP_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A checked table: clean columns, target, what was left out."""
-
-    columns: Sequence[Column]
-    data: dict[str, npt.NDArray[Any]]
-    target: Target
-    rows: int
-    notes: list[str]
-    fingerprint: str
 
 
 def tune(
@@ -110,40 +96,6 @@ def tune(
     return run
 
 
-def read_problem(
-    X: Any, y: Any, task: str, cv: int, categorical: Collection[str] = (), ignore: Collection[str] = ()
-) -> Problem:
-    """Check a table and its target; rows without a target are left out with a note."""
-    frame = to_frame(X)
-    if isinstance(y, str):
-        frame, series = take_target(frame, y)
-    else:
-        series = _target_series(y)
-    if len(series) != len(frame):
-        raise ShapeError(f"X has {len(frame)} rows, y has {len(series)}")
-    known = series.notna().to_numpy()
-    notes = []
-    if not known.all():
-        count = int((~known).sum())
-        notes.append(f"{count} {'row has' if count == 1 else 'rows have'} no target and were left out")
-        frame, series = frame[known], series[known]
-    target, more = learn_target(series, task, cv)
-    # Indices stay those of the file up to here, so that an error names the row a user finds.
-    columns, left_out = learn_columns(frame, categorical, ignore)
-    data = clean(frame, columns)
-    return Problem(columns, data, target, len(frame), notes + more + left_out, fingerprint(frame, series))
-
-
-def encode_fold(problem: Problem, fold: Fold) -> trainer.FoldData:
-    """One fold as tensors. Encoder and target scale learn from the train part only."""
-    encoder = Encoder.fit(problem.data, problem.columns, fold.train)
-    mean, scale = _target_scale(problem.target, fold.train)
-    x = torch.from_numpy(encoder.transform(problem.data))
-    y = _target_tensor(problem.target, mean, scale)
-    parts = [trainer.Split(x[rows], y[rows]) for rows in (fold.train, fold.validation, fold.test)]
-    return trainer.FoldData(*parts)
-
-
 class _Search:
     """Runs candidates of the ladder against the clock."""
 
@@ -157,8 +109,7 @@ class _Search:
         self.slowest = self.latest = 0.0
 
     def climb(self) -> Climb:
-        result = climb(self.run)
-        return result
+        return climb(self.run)
 
     def run(self, hidden: Hidden) -> Trial | None:
         linear = not hidden
@@ -194,10 +145,8 @@ def make_spec(hidden: Hidden, rows: int, seed: int) -> trainer.Spec:
 def _refit(problem: Problem, winner: Trial, seed: int) -> tuple[TunedModel, int]:
     every = np.arange(problem.rows)
     encoder = Encoder.fit(problem.data, problem.columns, every)
-    mean, scale = _target_scale(problem.target, every)
-    split = trainer.Split(
-        torch.from_numpy(encoder.transform(problem.data)), _target_tensor(problem.target, mean, scale)
-    )
+    mean, scale = target_scale(problem.target, every)
+    split = trainer.Split(torch.from_numpy(encoder.transform(problem.data)), target_tensor(problem.target, mean, scale))
     epochs = round(statistics.median(outcome.best_epoch for outcome in winner.outcomes)) + 1
     spec = make_spec(winner.hidden, problem.rows, seed)
     network = trainer.refit(spec, split, len(problem.target.classes), epochs)
@@ -223,36 +172,6 @@ def _check(strategy: str, budget: float, cv: int, random_state: int | None) -> N
         raise ArgumentError(f"tune: random_state is {random_state!r}, must be None or a whole number below 2**32")
 
 
-def _target_series(y: Any) -> Any:
-    pd = pandas()
-    if isinstance(y, pd.DataFrame):
-        if y.shape[1] != 1:
-            raise ShapeError(f"y has {y.shape[1]} columns; one target is wanted")
-        y = y.iloc[:, 0]
-    if not isinstance(y, pd.Series):
-        values = np.asarray(y)
-        if values.ndim != 1:
-            raise ShapeError(f"y has shape {values.shape}; one value per row is wanted")
-        y = pd.Series(values)
-    name = "target" if y.name is None else str(y.name)
-    return y.rename(name).reset_index(drop=True)
-
-
-def _target_scale(target: Target, rows: npt.NDArray[np.int64]) -> tuple[float, float]:
-    if target.task == "classification":
-        return 0.0, 1.0
-    scale = float(np.std(target.values[rows]))
-    if not math.isfinite(scale):
-        raise DataError(f"target {target.name!r} holds numbers too large to square")
-    return float(np.mean(target.values[rows])), scale if scale > 0.0 else 1.0
-
-
-def _target_tensor(target: Target, mean: float, scale: float) -> torch.Tensor:
-    if target.task == "classification":
-        return torch.from_numpy(target.values)
-    return torch.from_numpy(((target.values - mean) / scale).astype(np.float32)[:, None])
-
-
 def _floor(problem: Problem, folds: Sequence[Fold]) -> float:
     """What a constant guess scores: the largest class, or the mean (R2 of 0)."""
     if problem.target.task == "regression":
@@ -268,7 +187,7 @@ def _state(outcomes: Sequence[trainer.Outcome]) -> Any:
 
 def _parameters(in_features: int, hidden: Hidden, out_features: int) -> int:
     sizes = [in_features, *hidden, out_features]
-    return sum((before + 1) * after for before, after in zip(sizes, sizes[1:]))
+    return sum((before + 1) * after for before, after in pairwise(sizes))
 
 
 def _opening(problem: Problem, cv: int, seed: int) -> str:

@@ -123,7 +123,7 @@ def learn_columns(
 
 
 def clean(frame: Any, columns: Iterable[Column]) -> dict[str, npt.NDArray[Any]]:
-    """The named columns as arrays: float64 with NaN, or objects (text, None where missing). DataError if one is amiss."""
+    """The named columns as arrays: float64 with NaN, or objects (text, None where missing)."""
     cleaned: dict[str, npt.NDArray[Any]] = {}
     for column in columns:
         if column.name not in frame.columns:
@@ -177,6 +177,7 @@ def _learn_column(series: Any, name: str, categorical: bool) -> tuple[Column | N
 
 def _numbers(series: Any, name: str) -> npt.NDArray[np.float64]:
     types = pandas().api.types
+    values: npt.NDArray[np.float64]
     if types.is_datetime64_any_dtype(series):
         days = series.to_numpy(dtype="datetime64[ns]")
         values = days.astype(np.int64) / 86_400e9

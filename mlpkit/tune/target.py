@@ -30,7 +30,7 @@ class Target:
 
 
 def learn_target(series: Any, task: str, cv: int) -> tuple[Target, list[str]]:
-    """Infer the task unless it is given, turn labels into class numbers, refuse what cannot be learnt. No missing cells.
+    """Infer the task unless it is given, number the classes, refuse what cannot be learnt. No missing cells.
 
     Whole numbers with at most 20 values and 5 rows a value count as classes; other numbers are a regression.
     """

@@ -30,7 +30,7 @@ class Spec:
     batch_size: int
     seed: int
     activation: str = "relu"
-    patience: int = 20
+    patience: int = 10
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _epoch(model: nn.Module, optimizer: torch.optim.Optimizer, data: Split, size
         batch = y[start : start + size]
         loss = _loss(model(x[start : start + size]), batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += loss.detach() * len(batch)
     return float(total) / rows

@@ -98,7 +98,7 @@ def _fit(climb: Climb, metric: str, floor: float) -> Verdict:
 
 
 def rise_after_best(trial: Trial) -> float:
-    """By how many SE over the folds the validation loss ends above its minimum: 0 where training stopped at the best."""
+    """By how many SE over the folds the validation loss ends above its minimum."""
     rises = [
         outcome.validation_loss[-1] - outcome.validation_loss[outcome.best_epoch]
         for outcome in trial.outcomes
@@ -139,10 +139,9 @@ def _neighbours(climb: Climb, metric: str) -> Verdict:
     listed = _listed([f"{name} {_signed(step.gain)}" for name, step in changes.items()])
     worse = [name for name, step in changes.items() if step.ratio < -1.0]
     if worse:
-        text = f"Its size matters: {_listed(worse)} is worse by more than one SE ({metric}: {listed})."
-        return Verdict(
-            "neighbours", "sensitive", text.replace(" is ", " are ") if len(worse) > 1 else text, "good", numbers
-        )
+        verb = "is" if len(worse) == 1 else "are"
+        text = f"Its size matters: {_listed(worse)} {verb} worse by more than one SE ({metric}: {listed})."
+        return Verdict("neighbours", "sensitive", text, "good", numbers)
     text = f"The neighbours agree within one SE ({listed}): the exact size hardly matters."
     return Verdict("neighbours", "robust", text, "good", numbers)
 
