@@ -212,6 +212,13 @@ def test_a_saved_step_goes_on_where_it_was():
     assert (other.scale, other.steps, other.skipped) == (4.0, 3, 1)
     other(x, y)
     assert other.scale == 8.0
+    model_state = copy.deepcopy(other.model.state_dict())
+    waiting = guarded(model=other.model, accumulate=2)
+    waiting(x, y)
+    other.model.load_state_dict(model_state)
+    waiting.load_state_dict(step.state_dict())
+    torch.testing.assert_close(other.model.state_dict(), model_state, rtol=0, atol=0)
+    assert not waiting(x, y).done
     for wrong in ({}, {**step.state_dict(), "version": 2}, {**step.state_dict(), "scale": math.nan}):
         with pytest.raises(ArgumentError):
             other.load_state_dict(wrong)

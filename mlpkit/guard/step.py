@@ -56,6 +56,7 @@ class TrainStep:
         checks.check_options(precision, clip_norm, accumulate, on_nonfinite)
         self._loss_scale = checks.loss_scale(precision, init_scale)
         self._device = checks.check_parts(model, optimizer, scheduler, precision)
+        self._reads_are_free = self._device.type == "cpu"
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.precision, self.clip_norm, self.accumulate = precision, clip_norm, accumulate
         self.on_nonfinite = on_nonfinite
@@ -83,7 +84,7 @@ class TrainStep:
     @property
     def syncs(self) -> int:
         """Flags that a clean step reads from the device: one on CUDA, none on the CPU, where there is no waiting."""
-        return int(self._device.type == "cuda")
+        return int(not self._reads_are_free)
 
     def __call__(self, inputs: Tensor | Sequence[Any] | Mapping[str, Any], target: Any = None) -> StepResult:
         """Take one step, or with ``accumulate`` a part of one; inputs: a tensor, or a tuple or dict of arguments."""
@@ -113,8 +114,10 @@ class TrainStep:
         except BaseException:
             self._abandon()
             raise
-        self._batches.append(MicroBatch(inputs, target, loss.detach(), before))
-        return loss.detach()
+        # A copy: the memory of a captured graph's output is the next replay's.
+        value = loss.detach().clone()
+        self._batches.append(MicroBatch(inputs, target, value, before))
+        return value
 
     def _finish(self) -> None:
         """Decide on the whole step, then let it stand or put everything back."""
@@ -148,7 +151,7 @@ class TrainStep:
         readings.add(torch.stack([batch.loss.reshape(()) for batch in self._batches]).abs())
         readings.add_norms(self._live_buffers)
         # Read once: before the update where its formula can vouch for it, and on the CPU, where reading is free.
-        if provable or self._device.type == "cpu":
+        if provable or self._reads_are_free:
             if provable:
                 bounds.add_readings(readings, self.optimizer)
             if readings.exceeded():
@@ -180,9 +183,9 @@ class TrainStep:
     def _prepare_gradients(self, evidence: Evidence) -> Tensor:
         """Unscale and clip in place; returns the norm that the update will see, 0-dim float64, not finite if bad."""
         gradients = checks.check_gradients(self.model, self.optimizer)
-        on_cpu = self._device.type == "cpu"
-        norm = census.global_norm(gradients, exact=self.clip_norm is not None or not on_cpu)
-        if on_cpu and not torch.isfinite(norm) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        free = self._reads_are_free
+        norm = census.global_norm(gradients, exact=self.clip_norm is not None or not free)
+        if free and not torch.isfinite(norm) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             norm = norm.new_tensor(census.scaled_norm(gradients))
         evidence.norm = self._window.norm = norm = norm / self.scale
         if self.clip_norm is None and self.scale == 1:
@@ -193,7 +196,7 @@ class TrainStep:
         # Bad gradients stay as they are, so that an Inf is still an Inf when the culprit is looked for.
         finite = torch.isfinite(norm)
         factor = torch.where(finite, factor, 1.0)
-        if not (on_cpu and factor == 1):
+        if not (free and factor == 1):
             census.multiply(gradients, factor)
         return norm if self.clip_norm is None else torch.where(finite, norm.clamp(max=self.clip_norm), norm)
 
@@ -256,8 +259,9 @@ class TrainStep:
             value = check_scale("TrainStep.load_state_dict: scale", state["scale"])
             self._loss_scale.value = value
             self._loss_scale.clean_steps = int(state["clean_steps"])
-        if self._batches:
-            self._abandon()
+        # Buffers stay as they are: the model may have been loaded already.
+        self._batches = []
+        self._clear_gradients()
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
 
 
