@@ -4,7 +4,7 @@ import pytest
 import torch
 from emulator import DTYPES, build, find_compiler, inside, plane
 
-from mlpkit import _C
+from mlpkit._ext import _C
 from mlpkit.reference import ACTIVATIONS, dropout_mask
 
 SHAPES = [(1, 1), (7, 33), (16, 64), (33, 151), (70, 129), (129, 72)]

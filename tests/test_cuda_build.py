@@ -1,0 +1,116 @@
+"""The CUDA kernels as machine code: they compile for every device we build for, spill nothing, move 16 bytes at once."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# What a build without TORCH_CUDA_ARCH_LIST makes, and what the element-wise kernels promise besides.
+DEVICES = {"sm_80": ("compute_80", "sm_80"), "sm_90a": ("compute_90a", "sm_90a"), "sm_75": ("compute_75", "sm_75")}
+# Registers a thread may have so that as many blocks fit a multiprocessor as the kernel was written for.
+REGISTERS = {"forward": 64, "backward": 80, "sum_rows": 128, "sum_row": 64}
+
+pytestmark = pytest.mark.slow
+
+
+def _tool(name):
+    """A CUDA tool on PATH or in the package that PyPI has of it."""
+    packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    return shutil.which(name) or next((str(path) for path in sorted(packages.glob(f"*/bin/{name}"))), None)
+
+
+@pytest.fixture(scope="session")
+def nvcc():
+    found = _tool("nvcc")
+    if found is None:
+        pytest.skip("nvcc is not on PATH")
+    return found
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def compiled(request, nvcc, tmp_path_factory):
+    """Every kernel file for one device: object files and what ptxas said of each kernel."""
+    folder = tmp_path_factory.mktemp(request.param)
+    arch, code = DEVICES[request.param]
+    flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Xptxas=-v", f"-gencode=arch={arch},code={code}"]
+    report, objects = "", []
+    for kernel in KERNELS:
+        objects.append(folder / f"{kernel.stem}.o")
+        command = [nvcc, *flags, "-I", str(ROOT / "csrc"), "-c", str(kernel), "-o", str(objects[-1])]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        report += result.stderr
+    return objects, report
+
+
+def test_no_kernel_spills(compiled):
+    _, report = compiled
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills
+    assert set(spills) == {("0", "0", "0")}, report
+
+
+def test_kernels_stay_within_their_registers(compiled):
+    _, report = compiled
+    found = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", report, flags=re.DOTALL)
+    assert len(found) == report.count("Compiling entry function") > 0
+    for name, registers in found:
+        limits = [limit for kernel, limit in REGISTERS.items() if f"{len(kernel)}{kernel}I" in name]
+        assert len(limits) == 1, f"{name} has no register limit in this file"
+        assert int(registers) <= limits[0], f"{name} uses {registers} registers, it was written for {limits[0]}"
+
+
+def test_nothing_warns(compiled):
+    _, report = compiled
+    assert "warning" not in report, report
+
+
+def test_ptx_for_newer_devices_compiles(nvcc, tmp_path):
+    for kernel in KERNELS:
+        target = tmp_path / f"{kernel.stem}.ptx"
+        command = [nvcc, "-std=c++17", "-O3", "-arch=compute_80", "-ptx", "-I", str(ROOT / "csrc")]
+        subprocess.run([*command, str(kernel), "-o", str(target)], check=True)
+        assert ".target sm_80" in target.read_text()
+
+
+def _sass(objects):
+    """The instructions of each kernel, by mangled name."""
+    cuobjdump = _tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("cuobjdump is not on PATH and nvidia-cuda-cuobjdump is not installed")
+    functions = {}
+    for path in objects:
+        text = subprocess.run([cuobjdump, "--dump-sass", str(path)], capture_output=True, text=True, check=True).stdout
+        for part in text.split("Function : ")[1:]:
+            name, _, body = part.partition("\n")
+            functions[name.strip()] = body
+    assert functions, "cuobjdump printed no function"
+    return functions
+
+
+def test_global_memory_is_read_and_written_16_bytes_at_a_time(compiled):
+    objects, _ = compiled
+    for name, body in _sass(objects).items():
+        assert not re.search(r"\b(LDL|STL)\b", body), f"{name} uses local memory"
+        if "8sum_rows" in name:
+            assert re.search(r"\bLDG\.E\.128", body), name
+        if "7forward" in name or "8backward" in name:
+            assert re.search(r"\bLDG\.E\.128", body), name
+            assert re.search(r"\bSTG\.E\.128", body), name
+
+
+def test_a_cuda_build_registers_its_kernels():
+    from mlpkit import _build_config
+    from mlpkit._ext import _C
+
+    if not _build_config.CUDA:
+        pytest.skip("mlpkit was built without CUDA")
+    assert _C is not None
+    for op in ("linear_act_dropout_forward", "linear_act_dropout_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mlpkit::{op}", "CUDA"), op
