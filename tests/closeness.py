@@ -45,7 +45,9 @@ def assert_no_worse_than(
     ulp_of_max = median(_ulp(dtype, c.abs().max().item()) for c in exact)
     ulp_of_rms = median(_ulp(dtype, _rms(c)) for c in exact)
     max_limits = (MAX_FACTOR, MAX_FLOOR_ULPS * ulp_of_max)
-    rms_limits = (RMS_FACTOR, RMS_FLOOR_ULPS * ulp_of_rms) if many else max_limits
+    # What is exact for fp64 has exact sums, but activations of stock's own precision.
+    firm = many and dtype != torch.float64
+    rms_limits = (RMS_FACTOR, RMS_FLOOR_ULPS * ulp_of_rms) if firm else max_limits
     _compare(name, "RMS", _rms, *rms_limits, ours, stock, exact)
     _compare(name, "maximum", _largest, *max_limits, ours, stock, exact)
 

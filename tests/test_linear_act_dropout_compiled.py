@@ -59,12 +59,19 @@ def test_a_checkpoint_redraws_the_mask_that_it_drew():
 
 
 def test_dynamic_shapes_compile_once():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    function = compiled(linear_act_dropout, counter, dynamic=True)
-    weight = torch.randn(19, 17)
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    weight = torch.randn(19, 17, requires_grad=True)
+
+    def layer(x):
+        return linear_act_dropout(x, weight, p=0.5, seed=1)
+
+    function = compiled(layer, counter, dynamic=True)
     for rows in (33, 40, 51):
         x = torch.randn(rows, 17)
-        assert torch.equal(function(x, weight, p=0.5, seed=1), linear_act_dropout(x, weight, p=0.5, seed=1))
+        gradients = [torch.autograd.grad(f(x).square().sum(), weight)[0] for f in (function, layer)]
+        assert torch.equal(*gradients)
     assert counter.frame_count == 1
 
 

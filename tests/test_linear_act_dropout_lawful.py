@@ -86,6 +86,27 @@ def test_double_backward_works_or_says_that_it_does_not(activation):
         torch.autograd.grad(sum(g.sum() for g in first), [x, weight])
 
 
+@pytest.mark.parametrize(("activation", "preactivation"), [("identity", 0), ("relu", 0), ("gelu", 1)])
+def test_one_bit_an_element_is_saved_for_the_mask(activation, preactivation, device):
+    rows, cols = 1024, 512
+    x, weight = torch.randn(rows, 8, device=device), torch.randn(cols, 8, device=device, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        linear_act_dropout(x, weight, activation=activation, p=0.5, seed=1)
+    size = sum(t.nbytes for t in saved if t.data_ptr() not in (x.data_ptr(), weight.data_ptr()))
+    assert size <= rows * cols // 8 + preactivation * rows * cols * 4
+
+
+@pytest.mark.parametrize("changed", ["x", "weight"])
+def test_backward_refuses_an_input_that_was_changed_meanwhile(changed):
+    tensors = {"x": torch.randn(3, 4), "weight": torch.randn(5, 4, requires_grad=True) * 1}
+    y = linear_act_dropout(tensors["x"], tensors["weight"])
+    with torch.no_grad():
+        tensors[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_forward_mode_derivatives_are_right_or_refused():
     x, tangent, weight = torch.randn(3, 4), torch.randn(3, 4), torch.randn(5, 4)
