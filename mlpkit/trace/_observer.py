@@ -67,6 +67,8 @@ class Observer:
         self._place = self.where.place(call, (*records, *self._strangers(call, unseen)))
         for tensor in call.reads:
             cell = self.ledger.cell(tensor)
+            if not cell.kind and self._place.phase != "backward" and _is_leaf(tensor):
+                self.ledger.name(tensor, "parameter", "")
             if cell.record is None:
                 self._meet(call, tensor, self._place)
             if cell.bad and cell.record is not None:
@@ -88,9 +90,7 @@ class Observer:
             return  # about to be overwritten: what it holds is of no interest
         found = scan(tensor)
         fresh = cell.bad
-        known = bool(cell.kind) or isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
-        if known and not cell.kind:
-            self.ledger.name(tensor, "parameter", "")
+        known = bool(cell.kind)
         op = "empty" if fresh else "param" if known else "input"
         module = cell.name.rpartition(".")[0] if known else ""
         origin = Place(place.step, "source", module, place.file, place.line, "")
@@ -227,6 +227,11 @@ class Observer:
             for record in self._records[0]:
                 record.forget()
         self._records.append([])
+
+
+def _is_leaf(tensor: torch.Tensor) -> bool:
+    """What a program trains; views made without a graph look like leaves too."""
+    return isinstance(tensor, torch.nn.Parameter) or (tensor.requires_grad and tensor.is_leaf and not tensor._is_view())
 
 
 def _is_derived(place: Place, parents: tuple[OpRecord, ...]) -> bool:

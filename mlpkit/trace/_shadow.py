@@ -26,6 +26,7 @@ _LEFT_RIGHT = {
     "linear": ("input", "weight"),
     "linear_act_dropout": ("x", "weight"),
 }
+_LISTS = ("_foreach_", "_fused_")
 _UNEVALUABLE = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
 
 
@@ -55,7 +56,7 @@ def is_elementwise(call: OpCall) -> bool:
     name = call.name
     return (
         torch.Tag.pointwise in call.func.tags
-        or (name.startswith(("_foreach_", "_fused_")) and "norm" not in name)
+        or (name.startswith(_LISTS) and "norm" not in name)
         or name in ("_to_copy", "copy_", "clone")
     )
 
@@ -121,8 +122,8 @@ def _elementwise(call: OpCall, which: int, index: list[int], shape: torch.Size) 
         return float(_element(source, index, shape))
 
     def narrow(value: Any) -> Any:
-        if isinstance(value, (list, tuple)) and len(value) > which and call.name.startswith("_f"):
-            return [narrow(value[which])]
+        if isinstance(value, (list, tuple)) and value and call.name.startswith(_LISTS):
+            return [narrow(_item(value, which))]
         if isinstance(value, torch.Tensor):
             element = _element(value, index, shape)
             return element.double() if is_plain(element) else element.clone()
@@ -132,10 +133,16 @@ def _elementwise(call: OpCall, which: int, index: list[int], shape: torch.Size) 
     kwargs = {name: narrow(_past(call, value)) for name, value in call.kwargs.items()}
     result = call.func(*args, **kwargs)
     if result is None:
-        result = args[0]
+        result = _mutated_list(call, args, which)
     if isinstance(result, (list, tuple)):
         result = result[0]
     return float(result)
+
+
+def _mutated_list(call: OpCall, args: list[Any], which: int) -> Any:
+    """Of the lists an operation mutates, the one that the ``which``-th mutated tensor belongs to."""
+    positions = [place for place in call.traits.writes if isinstance(place, int) and call.args[place]]
+    return args[positions[which // max(len(call.args[positions[0]]), 1)]]
 
 
 def whole(call: OpCall) -> list[torch.Tensor]:
@@ -171,7 +178,7 @@ def _past(call: OpCall, value: Any) -> Any:
 
 def _item(value: Any, which: int) -> Any:
     if isinstance(value, (list, tuple)):
-        return value[which] if which < len(value) else None
+        return value[which % len(value)] if value else None
     return value
 
 
