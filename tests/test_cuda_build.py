@@ -1,4 +1,4 @@
-"""The CUDA kernels as machine code: they compile for every device we build for, spill nothing, move 16 bytes at once."""
+"""The CUDA kernels as machine code: they compile for every device, spill nothing and move 16 bytes at once."""
 
 import re
 import shutil
