@@ -83,6 +83,13 @@ def test_the_norm_is_that_of_the_unscaled_gradients_before_clipping(precision):
     assert result.grad_norm > 1e-3
 
 
+def test_the_norm_that_clips_is_a_sum_in_double_precision():
+    model = nn.Linear(1000, 100)
+    result = guarded("mse", model, clip_norm=1e6)(torch.randn(4, 1000), torch.randn(4, 100))
+    exact = math.sqrt(sum(float(parameter.grad.double().square().sum()) for parameter in model.parameters()))
+    assert result.grad_norm == pytest.approx(exact, rel=1e-12)
+
+
 def test_a_norm_below_the_limit_changes_no_gradient():
     model = network().eval()
     plain = copy.deepcopy(model)

@@ -45,6 +45,21 @@ def test_a_record_tells_step_culprit_kind_count_and_scale():
     )
 
 
+def test_clipping_does_not_turn_an_infinite_gradient_into_another_fault():
+    # The clipping factor of an infinite norm is 0, and 0 * Inf would be NaN.
+    model = nn.Linear(5, 3)
+    step = guarded(model=model, clip_norm=1.0)
+    handle = model.bias.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    record = step(*batch()).record
+    handle.remove()
+    assert (record.culprit, record.kind, record.infs, record.nans) == ("bias", "Inf", 3, 0)
+
+
+def test_an_infinite_loss_is_bad_even_when_its_gradients_are_finite():
+    result = guarded(lambda output, target: output.mean() + torch.inf)(*batch())
+    assert (result.culprit, result.record.kind) == ("loss", "Inf")
+
+
 def test_a_bad_target_and_a_bad_loss_are_told_apart():
     model = nn.Linear(2, 1)
     assert guarded("mse", model)(torch.ones(3, 2), torch.full((3, 1), torch.nan)).culprit == "target"

@@ -162,8 +162,10 @@ def test_a_skip_consumes_the_random_numbers_of_the_bad_step_and_no_others(precis
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_finite_gradients_of_1e20_are_clipped_to_the_norm(optimizer, device):
+@pytest.mark.parametrize("reads_are_free", [True, False])
+def test_finite_gradients_of_1e20_are_clipped_to_the_norm(optimizer, reads_are_free, device):
     run = Run(optimizer, device, clip_norm=2.0)
+    run.step._reads_are_free = reads_are_free
     with ExitStack() as hooks:
         for parameter in run.model.parameters():
             hooks.enter_context(gradient_of(parameter, lambda gradient: torch.full_like(gradient, 1e20)))
