@@ -1,6 +1,7 @@
 """linear_act_dropout: right values and right gradients."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlpkit.functional import linear_act_dropout
 from mlpkit.reference import ACTIVATIONS
+from mlpkit.reference import linear_act_dropout as stock
 
 SLOPES = {"prelu": 1}
 
@@ -46,6 +48,31 @@ def test_any_strides_and_leading_dimensions_err_no_more_than_stock(layout, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_panels_err_no_more_than_stock(dtype, cpu_capability):
     assert_close(linear_act_dropout, Case(777, 300, 533, "gelu"), dtype)
+
+
+RANGES = [(-0.01, 0.01), (-1, 1), (-6, -2), (2, 6), (-20, 20), (-100, 100)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", sorted({*ACTIVATIONS} - {"identity", "prelu"}))
+def test_each_activation_and_slope_errs_no_more_than_stock_on_every_range(activation, dtype, cpu_capability):
+    """z is x itself and the gradient of x the slope: nothing else rounds."""
+
+    def value_and_slope(function, x):
+        x = x.clone().requires_grad_()
+        y = function(x, torch.ones(1, 1, dtype=x.dtype), activation=activation)
+        return torch.stack([y.detach(), *torch.autograd.grad(y.sum(), x)])
+
+    for low, high in RANGES:
+        inputs = [torch.empty(4096, 1).uniform_(low, high).to(dtype) for _ in SEEDS]
+        ours, theirs, exact = [], [], []
+        for x in inputs:
+            ours.append(value_and_slope(linear_act_dropout, x))
+            theirs.append(value_and_slope(stock, x))
+            exact.append(value_and_slope(stock, x.double()))
+        for part, name in enumerate(["value", "slope"]):
+            columns = ([run[part] for run in runs] for runs in (ours, theirs, exact))
+            assert_no_worse_than(*columns, name=f"{activation}: {name} on [{low}, {high}]")
 
 
 @pytest.mark.cuda
@@ -176,6 +203,15 @@ def test_threads_and_repetition_change_no_bit(shape, dtype, cpu_capability):
         again = case.run(linear_act_dropout, data, 0)
         for name, result in first.items():
             assert torch.equal(result, again[name]), f"{name} differs with {threads} threads"
+
+
+def test_calls_from_several_python_threads_change_no_bit():
+    case = Case(256, 64, 128, activation="gelu")
+    data = case.data(0, torch.float32)
+    expected = case.run(linear_act_dropout, data, 0)
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(lambda _: case.run(linear_act_dropout, data, 0), range(16)))
+    assert all(torch.equal(run[name], expected[name]) for run in runs for name in expected)
 
 
 @pytest.mark.cuda

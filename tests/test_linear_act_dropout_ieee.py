@@ -43,6 +43,24 @@ def test_special_values_come_out_as_in_stock_pytorch(activation, dtype, p, cpu_c
     assert not wrong.any(), f"z {x.expand_as(ours)[wrong][:4]}: ours {ours[wrong][:4]}, stock {theirs[wrong][:4]}"
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("p", [0.0, P, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_on_cuda_special_values_come_out_as_on_the_cpu(activation, dtype, p):
+    results = []
+    for device in ("cpu", "cuda"):
+        x, weight = (t.to(device) for t in special_rows(dtype))
+        bias = torch.zeros(33, dtype=dtype, device=device, requires_grad=True)
+        slope = extras(activation, dtype)
+        if activation == "prelu":
+            slope["slope"] = slope["slope"].to(device)
+        y = linear_act_dropout(x, weight, bias, activation=activation, p=p, seed=SEED, **slope)
+        (dz,) = torch.autograd.grad(y[:7].sum(0), bias, torch.ones_like(bias))
+        results.append([classes(y.detach().cpu()), classes(dz.cpu())])
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_slopes_at_special_values_are_those_of_stock_pytorch(activation, dtype, cpu_capability):
