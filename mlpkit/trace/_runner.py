@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import runpy
 import sys
@@ -10,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import open_code
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 import torch
 
@@ -20,6 +22,7 @@ from mlpkit.trace._tracer import Tracer
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _RUNPY = ("<frozen runpy>", runpy.__file__)
+_WRAPPERS = (os.path.join("torch", "_compile.py"), os.path.join("torch", "_dynamo", "eval_frame.py"))
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -52,7 +55,24 @@ def _script(target: str) -> Callable[[], object]:
         raise DataError(f"trace: there is no script {target!r}")
     if path.is_dir() and not (path / "__main__.py").exists():
         raise DataError(f"trace: {target!r} is a folder without __main__.py")
-    return lambda: runpy.run_path(os.path.abspath(target), run_name="__main__")
+    if path.is_dir():
+        return lambda: runpy.run_path(target, run_name="__main__")
+    return lambda: _run_file(os.path.abspath(target))
+
+
+def _run_file(path: str) -> None:
+    """What ``runpy.run_path`` does, with ``sys.argv[0]`` left as the user typed it."""
+    main = ModuleType("__main__")
+    main.__file__ = path
+    main.__dict__["__builtins__"] = builtins
+    with open_code(path) as stream:
+        code = compile(stream.read(), path, "exec", dont_inherit=True)
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = main
+    try:
+        exec(code, main.__dict__)
+    finally:
+        sys.modules["__main__"] = before
 
 
 def _module(target: str) -> Callable[[], object]:
@@ -122,8 +142,12 @@ def _own_frames(trace: TracebackType | None) -> TracebackType | None:
     ours = False
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        # Between the interceptor and an operation lie torch's wrappers of both.
-        ours = name.startswith(_HERE) or (ours and name.startswith(_TORCH))
+        if name.startswith(_HERE):
+            # torch wraps the interceptor, and between it and the operation lie torch's frames again.
+            while kept and kept[-1].tb_frame.f_code.co_filename.endswith(_WRAPPERS):
+                kept.pop()
+            ours = True
+        ours = ours and name.startswith((_HERE, _TORCH))
         if not ours and name not in _RUNPY:
             kept.append(trace)
         trace = trace.tb_next

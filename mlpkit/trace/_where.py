@@ -137,12 +137,13 @@ class Surroundings:
         )
 
     def _is_fresh(self, call: OpCall, phase: str, parents: tuple[OpRecord, ...]) -> bool:
-        """Work of the next step: anything but updates and what merely looks at this step's results."""
+        """Work of the next step: neither an update nor something that merely looks at this step's results."""
         if phase == "optimizer":
             return False
-        if call.builds_graph or self._stack:
+        if self._stack:
             return True
-        return not any(record.place.step == self.step and record.place.phase != "source" for record in parents)
+        results = [record.place.step == self.step and not _comes_from_outside(record) for record in parents]
+        return not all(results) if call.builds_graph else not any(results)
 
     def _user_frame(self, call: OpCall) -> tuple[str, int, bool]:
         updating = False
@@ -180,6 +181,10 @@ class Surroundings:
         self._in_optimizer = False
         self.on_optimizer(optimizer)
         self.ended = True
+
+
+def _comes_from_outside(record: OpRecord) -> bool:
+    return record.place.phase == "source" or bool(record.subject)
 
 
 def _is_conversion(call: OpCall, parents: tuple[OpRecord, ...]) -> bool:

@@ -1,0 +1,173 @@
+"""``mlpkit trace``: the script runs as python would run it, keeps its exit code and output, and reports are written."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from click.testing import CliRunner
+
+from mlpkit.cli import cli
+from mlpkit.errors import DataError
+
+FAILING = """
+    import sys
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(4):
+        x = torch.log(torch.zeros(2, 4)) if step == 2 else torch.ones(2, 4)
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+    print("trained", sys.argv[1:], __name__)
+"""
+MLPKIT = ("-c", "from mlpkit.cli import main; main()")
+HEALTHY = "import torch\ntorch.ones(3).sum().item()\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text).lstrip("\n"))
+    return path
+
+
+def trace(*arguments):
+    return CliRunner().invoke(cli, ["trace", *arguments])
+
+
+def read(folder):
+    return json.loads((folder / "diagnosis.json").read_text())
+
+
+def test_the_first_failure_is_printed_and_written_and_the_script_keeps_its_output(folder):
+    write(folder, "train.py", FAILING)
+    result = trace("--out", "out", "train.py", "--epochs", "3", "-x")
+    assert result.exit_code == 0
+    assert result.stdout == "trained ['--epochs', '3', '-x'] __main__\n"
+    found = read(folder / "out")
+    assert (found["schema_version"], found["verdict"], found["step"], found["op"]) == (1, "failure", 2, "log")
+    assert (found["phase"], found["module"], found["cause"], found["location"]) == (
+        "forward",
+        "",
+        "log_of_zero",
+        "train.py:7",
+    )
+    assert result.stderr.splitlines()[0] == f"mlpkit: {found['sentence']}"
+    assert "<html" in (folder / "out" / "report.html").read_text()
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["diagnosis.json", "report.html"]
+
+
+def test_reports_go_to_the_current_folder_by_default(folder):
+    write(folder, "fine.py", HEALTHY)
+    assert trace("fine.py").exit_code == 0
+    assert read(folder)["verdict"] == "healthy"
+    assert (folder / "report.html").exists()
+
+
+def test_argv_path_and_file_are_those_of_python(folder):
+    write(folder, "pkg/beside.py", "VALUE = 5")
+    text = "import sys, beside\nprint(sys.argv[0], sys.path[0] == {0!r}, __file__ == {1!r}, beside.VALUE)"
+    script = folder / "pkg" / "main.py"
+    script.write_text(text.format(str(folder / "pkg"), str(script)))
+    before = (list(sys.argv), list(sys.path))
+    result = trace("pkg/main.py")
+    assert result.stdout == "pkg/main.py True True 5\n"
+    assert (sys.argv, sys.path) == before
+    sys.modules.pop("beside")
+
+
+def test_a_module_runs_with_dash_m(folder):
+    write(folder, "package/__init__.py", "")
+    write(folder, "package/job.py", "import sys\nfrom package import __name__ as n\nprint(n, __name__, sys.argv[1:])")
+    result = trace("-m", "package.job", "a")
+    assert result.stdout == "package __main__ ['a']\n"
+    assert result.exit_code == 0
+    sys.modules.pop("package")
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("sys.exit()", 0), ("sys.exit(0)", 0), ("sys.exit(7)", 7), ("sys.exit('no data')", 1), ("raise ValueError", 1)],
+)
+def test_the_exit_code_is_the_scripts_own(folder, ending, code):
+    write(folder, "ends.py", f"import sys\n{ending}")
+    result = trace("ends.py")
+    assert result.exit_code == code
+    assert read(folder)["verdict"] == "healthy"
+    assert ("no data" in result.stderr) == ("no data" in ending)
+
+
+def test_fail_on_failure_exits_with_three(folder):
+    write(folder, "train.py", FAILING)
+    write(folder, "fine.py", HEALTHY)
+    assert trace("--fail-on", "failure", "train.py").exit_code == 3
+    assert trace("--fail-on", "failure", "fine.py").exit_code == 0
+    assert trace("train.py").exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [("nothing.py",), ("-m", "no.such.module"), ("folder",), ("-m", "folder")])
+def test_what_cannot_be_run_is_refused_in_one_sentence(folder, arguments):
+    (folder / "folder").mkdir()
+    with pytest.raises(DataError, match=r"^trace: [^\n]*$"):
+        CliRunner().invoke(cli, ["trace", *arguments], catch_exceptions=False)
+    assert not (folder / "diagnosis.json").exists()
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+
+
+def test_a_script_that_does_not_exist_ends_with_two(folder):
+    result = run(*MLPKIT, "trace", "nothing.py")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "mlpkit: trace: there is no script 'nothing.py'\n"
+
+
+def test_a_script_that_raises_shows_the_traceback_python_shows(folder):
+    write(
+        folder,
+        "raises.py",
+        """
+        import torch
+
+        def multiply(a):
+            try:
+                return a @ torch.zeros(2, 3)
+            except RuntimeError as error:
+                raise ValueError("cannot multiply") from error
+
+        multiply(torch.zeros(2, 3))
+        """,
+    )
+    plain, traced = run("raises.py"), run(*MLPKIT, "trace", "raises.py")
+    assert plain.returncode == traced.returncode == 1
+    assert traced.stderr.startswith(plain.stderr)
+    assert traced.stderr.removeprefix(plain.stderr).startswith("mlpkit: No failure")
+    assert (folder / "report.html").exists()
+
+
+def test_a_missing_extra_is_said_and_the_diagnosis_is_still_written(folder, monkeypatch):
+    write(folder, "fine.py", HEALTHY)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    result = trace("fine.py")
+    assert result.exit_code == 0
+    assert 'pip install "mlpkit[report]"' in result.stderr
+    assert read(folder)["verdict"] == "healthy"
+    assert not (folder / "report.html").exists()
+
+
+def test_an_out_that_is_a_file_is_refused_before_the_script_runs(folder):
+    write(folder, "fine.py", "print('ran')")
+    result = trace("--out", "fine.py", "fine.py")
+    assert result.exit_code == 2
+    assert "ran" not in result.stdout

@@ -1,0 +1,181 @@
+"""Tracing changes nothing: training is bit-identical, and no hook is left behind."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+from torch.optim import optimizer as torch_optimizer
+from torch.utils.checkpoint import checkpoint
+
+import mlpkit
+from mlpkit import _events
+from mlpkit.errors import ArgumentError
+from mlpkit.trace import Tracer
+
+
+def mlp(norm=None):
+    return mlpkit.nn.MLP(8, [16, 16], 3, dropout=0.3, norm=norm)
+
+
+def plain(model, step):
+    return F.cross_entropy(model(torch.randn(16, 8)), torch.randint(0, 3, (16,)))
+
+
+def under_autocast(model, step):
+    with torch.autocast("cpu", torch.bfloat16):
+        return plain(model, step).float()
+
+
+def checkpointed(model, step):
+    x = torch.randn(16, 8, requires_grad=True)
+    return checkpoint(model, x, use_reentrant=False).pow(2).mean()
+
+
+def failing(model, step):
+    """Loss goes to NaN in the middle: tracing must not help, either."""
+    return plain(model, step) * (torch.log(torch.zeros(())) if step == 12 else 1)
+
+
+PROGRAMS = {
+    "sgd": (mlp, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), plain),
+    "adam foreach": (mlp, lambda p: torch.optim.Adam(p, foreach=True), plain),
+    "adamw fused, batch norm": (lambda: mlp("batch"), lambda p: torch.optim.AdamW(p, fused=True), plain),
+    "autocast": (lambda: mlp("layer"), torch.optim.Adam, under_autocast),
+    "checkpoint": (lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)), torch.optim.Adagrad, checkpointed),
+    "failing": (mlp, torch.optim.RMSprop, failing),
+}
+
+
+def run(name, tracer=None, steps=25):
+    build, make_optimizer, loss_of = PROGRAMS[name]
+    torch.manual_seed(3)
+    model = build()
+    optimizer = make_optimizer(model.parameters())
+    seen = []
+
+    def loop():
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            seen.append(loss.detach().clone())
+            seen.extend(parameter.grad.clone() for parameter in model.parameters())
+            optimizer.step()
+
+    if tracer is None:
+        loop()
+    else:
+        with tracer:
+            loop()
+    state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+    return [*seen, *model.state_dict().values(), *state, torch.get_rng_state(), torch.rand(3)]
+
+
+def bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_losses_gradients_parameters_state_and_random_numbers_are_the_same_bits(name):
+    without = run(name)
+    tracer = Tracer()
+    traced = run(name, tracer)
+    assert len(without) == len(traced) > 80
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(without, traced, strict=True))
+    assert tracer.steps == 25
+    assert tracer.diagnosis.verdict == ("failure" if name == "failing" else "healthy")
+
+
+def hooks():
+    return (
+        len(torch_module._global_forward_hooks),
+        len(torch_module._global_forward_pre_hooks),
+        len(torch_optimizer._global_optimizer_pre_hooks),
+        len(torch_optimizer._global_optimizer_post_hooks),
+        torch.autograd._engine_run_backward,
+        len(_events._listeners),
+        torch._C._len_torch_dispatch_stack(),
+        torch.is_grad_enabled(),
+    )
+
+
+class Boom(Exception):
+    pass
+
+
+def boom(*_):
+    raise Boom
+
+
+def fail_in_forward(model):
+    model[1].register_forward_hook(boom)
+    model(torch.randn(2, 4))
+
+
+def fail_in_backward(model):
+    loss = model(torch.randn(2, 4)).sum()
+    next(model.parameters()).register_hook(boom)
+    loss.backward()
+
+
+def fail_in_the_optimizer(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.register_step_post_hook(boom)
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+
+
+def fail_in_an_operation(model):
+    try:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    except RuntimeError as error:
+        raise Boom from error
+
+
+@pytest.mark.parametrize(
+    "failing", [fail_in_forward, fail_in_backward, fail_in_the_optimizer, fail_in_an_operation, boom]
+)
+def test_no_hook_is_left_behind_after_an_exception(failing):
+    before = hooks()
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    tracer = Tracer()
+    with pytest.raises(Boom), tracer:
+        failing(model)
+    assert hooks() == before
+    assert tracer.diagnosis.verdict == "healthy"
+
+
+def test_a_module_that_raised_and_was_caught_leaves_no_name_behind():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with Tracer() as tracer:
+        with pytest.raises(RuntimeError, match="shapes"):
+            model(torch.randn(2, 3))
+        torch.log(torch.zeros(1, requires_grad=True)).backward()
+    assert (tracer.diagnosis.op, tracer.diagnosis.module) == ("log", "")
+
+
+def test_tracers_nest():
+    before = hooks()
+    with Tracer() as outer:
+        with Tracer() as inner:
+            torch.log(torch.zeros(1, requires_grad=True)).backward()
+        torch.ones(1)
+    assert hooks() == before
+    assert inner.diagnosis.op == "log"
+    assert outer.diagnosis.op == "log"
+
+
+def test_a_tracer_is_entered_once():
+    tracer = Tracer()
+    with tracer:
+        pass
+    with pytest.raises(ArgumentError, match="already entered"), tracer:
+        pass
+
+
+def test_wrong_arguments_are_refused_by_name():
+    with pytest.raises(ArgumentError, match="level is 'all', must be one of observe"):
+        Tracer(level="all")
+    with pytest.raises(ArgumentError, match="model is a list"):
+        Tracer([nn.Linear(1, 1)])

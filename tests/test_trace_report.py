@@ -1,0 +1,127 @@
+"""What a trace leaves behind: diagnosis.json (schema version 1) and the page."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from mlpkit.errors import MissingExtraError
+from mlpkit.trace import Tracer
+
+KEYS = {
+    "schema_version",
+    "verdict",
+    "sentence",
+    "step",
+    "phase",
+    "op",
+    "module",
+    "location",
+    "node",
+    "cause",
+    "dtype",
+    "chain",
+    "evidence",
+    "fix",
+}
+LINK_KEYS = {"step", "phase", "op", "module", "stage", "cause", "detail"}
+STAGES = {"explosion", "saturation", "contamination", "invalidation", "persistence"}
+
+
+class Odd(nn.Module):
+    """A name that HTML must not read as markup."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("<b>&fc", nn.Linear(8, 8))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(getattr(self, "<b>&fc")(x))
+
+
+@pytest.fixture
+def failed():
+    model = Odd()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Tracer(model) as tracer:
+        for step in range(4):
+            optimizer.zero_grad()
+            model(torch.full((2, 8), 1.0 if step < 2 else 1e5)).sum().backward()
+            optimizer.step()
+            if step == 1:
+                with torch.no_grad():
+                    getattr(model, "<b>&fc").weight.fill_(1e38)
+    return tracer
+
+
+def test_the_dictionary_has_the_keys_of_schema_version_1(failed):
+    found = failed.diagnosis.to_dict()
+    assert set(found) == KEYS
+    assert found["schema_version"] == 1
+    assert all(set(link) == LINK_KEYS and link["stage"] in STAGES for link in found["chain"])
+    assert all(set(fix) == {"kind", "text", "verified"} and fix["verified"] is None for fix in found["fix"])
+    assert {"index", "operands", "exact", "limit", "absmax_history"} <= set(found["evidence"])
+
+
+def test_the_file_is_strict_json_and_holds_all_diagnoses(failed, tmp_path):
+    path = failed.write_json(tmp_path / "deep" / "diagnosis.json")
+    text = path.read_text()
+    loaded = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert loaded["op"] == failed.diagnosis.op
+    assert [one["op"] for one in loaded["diagnoses"]] == [one.op for one in failed.diagnoses]
+    assert loaded["steps"] == 4
+    assert [entry.name for entry in path.parent.iterdir()] == ["diagnosis.json"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_whole(failed, tmp_path, monkeypatch):
+    path = failed.write_json(tmp_path / "diagnosis.json")
+    before = path.read_text()
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        failed.write_json(path)
+    assert path.read_text() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["diagnosis.json"]
+
+
+def test_the_page_shows_sentence_chain_evidence_and_fix_and_escapes_names(failed, tmp_path):
+    page = failed.report(tmp_path / "report.html").read_text()
+    body = page[page.index("<body") :]
+    assert "&lt;b&gt;&amp;fc" in body
+    assert "<b>&fc" not in body.split("<script")[0]
+    for heading in ("Chain", "Evidence", "What to change", "Magnitudes"):
+        assert f">{heading}<" in body
+    assert "http://" not in body.split("<script")[0]
+    assert "https://" not in body.split("<script")[0]
+
+
+def test_a_healthy_page_says_so(tmp_path):
+    with Tracer() as tracer:
+        nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()
+    page = tracer.report(tmp_path / "report.html").read_text()
+    assert "Nothing went wrong" in page
+    assert "No failure in 1 step" in page
+
+
+def test_without_the_extra_the_report_names_the_pip_line(failed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "mlpkit\[report\]"'):
+        failed.report(tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_json_cannot_hold_are_strings():
+    with Tracer() as tracer:
+        w = torch.ones(1, requires_grad=True)
+        (w * math.inf - w * math.inf).sum().backward()
+    found = tracer.diagnosis.to_dict()
+    assert (found["op"], found["cause"]) == ("sub", "inf_minus_inf")
+    assert found["evidence"]["operands"] == {"self": "Inf", "other": "Inf"}
+    assert found["evidence"]["value"] == "NaN"
