@@ -106,14 +106,17 @@ def _plotly_js() -> str:
 
 def _is_number(value: object) -> bool:
     if isinstance(value, str):
-        return re.fullmatch(r"[+\-±]?\d[\d.,]*(e[+-]?\d+)?", value) is not None
+        return re.fullmatch(r"[+\-±]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?", value) is not None
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number_columns(table: Table) -> list[bool]:
-    """Which columns are right-aligned: those where half of the filled cells are numbers."""
+    """Which columns are right-aligned: half of whose filled cells are numbers; names of rows never are."""
     columns = [[row[at] for row in table.rows if row[at] is not None] for at in range(len(table.columns))]
-    return [2 * sum(map(_is_number, cells)) >= max(1, len(cells)) for cells in columns]
+    numbers = [2 * sum(map(_is_number, cells)) >= max(1, len(cells)) for cells in columns]
+    if columns and any(isinstance(cell, str) for cell in columns[0]):
+        numbers[0] = False
+    return numbers
 
 
 def _cell(value: object) -> str:

@@ -61,7 +61,8 @@ class Encoder:
             if isinstance(code, NumericCode):
                 missing = np.isnan(values)
                 filled = np.where(missing, code.median, values)
-                parts.append(np.clip((filled - code.mean) / code.scale, -_LIMIT, _LIMIT))
+                with np.errstate(over="ignore"):  # An overflow is cut like any other far value.
+                    parts.append(np.clip((filled - code.mean) / code.scale, -_LIMIT, _LIMIT))
                 if code.indicator:
                     parts.append(missing)
             else:

@@ -146,7 +146,7 @@ def _reproducibility(run: Run) -> list[Code | Table]:
         ],
         ["Validation", f"{len(run.folds[0].validation)} rows of each training part decide when to stop"],
         ["Strategy", str(settings["strategy"])],
-        ["Data (SHA-256)", run.data["sha256"]],
+        ["Data (SHA-256)", f"{run.data['sha256'][:16]} ... (whole in the JSON)"],
         *[[name, value] for name, value in environment["versions"].items()],
     ]
     blocks: list[Code | Table] = [Code(environment["command"], "Command")] if environment["command"] else []

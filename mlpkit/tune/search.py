@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mlpkit.errors import ArgumentError, NonFiniteError
+from mlpkit.report._extras import require
 from mlpkit.tune import progress as speak
 from mlpkit.tune import rundir, trainer
 from mlpkit.tune.encoder import Encoder
@@ -64,6 +65,9 @@ def tune(
     """
     start = time.perf_counter()
     _check(strategy, budget, cv, random_state)
+    # What is only needed at the end is looked for now, not after minutes of training.
+    for module in ("pandas", "optuna", *(("safetensors", "jinja2", "plotly") if out is not None else ())):
+        require(module, "mlpkit.tune")
     target_path = rundir.check(out, overwrite) if out is not None else None
     seed = secrets.randbelow(2**31) if random_state is None else int(random_state)
     problem = read_problem(X, y, task, cv, categorical, ignore)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 _MAX_EPOCHS = 400
 _NOTABLE = 1e-3  # A validation loss that falls by less (nats, or target variances) does not renew the patience.
-_MIN_STEPS = 240  # Patience is at least this many optimizer steps: an epoch of a small table is only two or three.
+_MIN_STEPS = 160  # Patience is at least this many optimizer steps: an epoch of a small table is only two or three.
 
 
 @dataclass(frozen=True)

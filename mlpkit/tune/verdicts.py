@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlpkit.tune import stats
-from mlpkit.tune.ladder import WIDTHS, Climb, Trial, in_words
+from mlpkit.tune.ladder import TAPERS, WIDTHS, Climb, Trial, in_words
 
 Tone = Literal["good", "notice", "bad"]
 
@@ -152,7 +152,7 @@ def _near(hidden: tuple[int, ...]) -> list[tuple[int, ...]]:
     first = hidden[0]
     if len(hidden) == 1:
         return [(first // 2,), (first * 2,)]
-    return [(first,), (first, first // 4), (first, first // 2)]
+    return [(first, first // taper) for taper in TAPERS if first // taper != hidden[1]]
 
 
 def _find(climb: Climb, hidden: tuple[int, ...]) -> Trial | None:

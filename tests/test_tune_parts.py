@@ -1,0 +1,380 @@
+"""The parts of tune on their own: folds, encoder, statistics, ladder, verdicts, trainer."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mlpkit.tune import stats, trainer
+from mlpkit.tune.encoder import MAX_LEVELS, Encoder
+from mlpkit.tune.folds import make_folds
+from mlpkit.tune.ladder import Trial, climb
+from mlpkit.tune.problem import encode_fold, read_problem
+from mlpkit.tune.study import to_study
+from mlpkit.tune.table import Column, clean
+from mlpkit.tune.trainer import FoldData, Outcome, Spec, Split
+from mlpkit.tune.verdicts import judge
+
+
+def column(values, kind="numeric"):
+    data = {"a": np.array(values, dtype=np.float64 if kind == "numeric" else object)}
+    return data, [Column("a", kind)], np.arange(len(values))
+
+
+def trial(hidden, scores, train=0.9, rise=0.0, state="complete"):
+    outcomes = [
+        Outcome(score, train, 1, "patience", 0.1, [1.0, 0.5, 0.4], [1.0, 0.5, 0.5 + rise * (1 + 0.1 * number)])
+        for number, score in enumerate(scores)
+    ]
+    return Trial(hidden, 10 + sum(hidden), outcomes, state)
+
+
+def climb_with(scores, **changes):
+    """A climb whose candidates have the given fold scores; those not named are not tried."""
+    return climb(lambda hidden: trial(hidden, scores[hidden], **changes) if hidden in scores else None)
+
+
+LOW = [0.80, 0.82, 0.81, 0.79, 0.83]
+HIGH = [0.90, 0.91, 0.92, 0.89, 0.93]
+
+
+# Folds
+
+
+@pytest.mark.parametrize("stratify", [True, False])
+@pytest.mark.parametrize("rows", [20, 151])
+def test_every_row_is_tested_once_and_no_part_overlaps(rows, stratify):
+    target = np.arange(rows) % 3
+    folds = make_folds(target, 5, seed=3, stratify=stratify)
+    assert sorted(np.concatenate([fold.test for fold in folds])) == list(range(rows))
+    for fold in folds:
+        assert sorted(np.concatenate([fold.train, fold.validation, fold.test])) == list(range(rows))
+        assert len(fold.validation) >= 1
+        assert rows // 5 <= len(fold.test) <= rows // 5 + 1
+
+
+def test_stratified_folds_share_out_every_class():
+    target = np.repeat([0, 1, 2], [80, 15, 5])
+    for fold in make_folds(target, 5, seed=0, stratify=True):
+        assert list(np.bincount(target[fold.test])) == [16, 3, 1]
+        assert set(target[fold.train]) == {0, 1, 2}
+
+
+def test_folds_depend_on_the_seed_alone():
+    target = np.arange(50) % 2
+
+    def tests(seed):
+        return [fold.test.tolist() for fold in make_folds(target, 5, seed, stratify=True)]
+
+    assert tests(1) == tests(1)
+    assert tests(1) != tests(2)
+
+
+# Encoder
+
+
+def test_numbers_are_imputed_with_the_median_standardised_and_flagged():
+    data, columns, rows = column([1.0, 3.0, np.nan, 8.0])
+    x = Encoder.fit(data, columns, rows).transform(data)
+    filled = np.array([1.0, 3.0, 3.0, 8.0])
+    np.testing.assert_allclose(x[:, 0], (filled - filled.mean()) / filled.std(), rtol=1e-6)
+    np.testing.assert_array_equal(x[:, 1], [0, 0, 1, 0])
+
+
+def test_gap_that_training_never_saw_is_imputed_without_an_indicator():
+    data, columns, rows = column([1.0, 3.0, 5.0])
+    encoder = Encoder.fit(data, columns, rows)
+    x = encoder.transform({"a": np.array([np.nan])})
+    np.testing.assert_array_equal(x, [[0.0]])
+
+
+def test_unseen_category_is_all_zeros_and_missing_is_a_category_of_its_own():
+    data, columns, rows = column(["red", "blue", None], "categorical")
+    encoder = Encoder.fit(data, columns, rows)
+    assert encoder.feature_names == ["a = blue", "a = red", "a = missing"]
+    x = encoder.transform({"a": np.array(["red", "green", None], dtype=object)})
+    np.testing.assert_array_equal(x, [[0, 1, 0], [0, 0, 0], [0, 0, 1]])
+
+
+def test_only_the_frequent_categories_get_an_input():
+    values = [f"k{number}" for number in range(40)] + [f"k{number}" for number in range(5, 40)]
+    data, columns, rows = column(values, "categorical")
+    names = Encoder.fit(data, columns, rows).feature_names
+    assert len(names) == MAX_LEVELS
+    assert "a = k0" not in names
+
+
+@pytest.mark.parametrize("values", [[1e200, -1e200, 3e200], [5.0, 5.0, 5.0], [0.0, 1e-320, 0.0], [1.0, 1.0, 1e12]])
+def test_extreme_numbers_stay_finite(values):
+    data, columns, rows = column(values)
+    encoder = Encoder.fit(data, columns, rows)
+    assert np.isfinite(encoder.transform(data)).all()
+    assert np.isfinite(encoder.transform({"a": np.array([1e300, -1e300, np.nan])})).all()
+
+
+def test_encoder_survives_the_way_through_json():
+    data, columns, rows = column(["x", "y", None], "categorical")
+    data["b"] = np.array([1.0, np.nan, 3.0])
+    encoder = Encoder.fit(data, [*columns, Column("b", "numeric")], rows)
+    assert Encoder.from_dict(encoder.to_dict()) == encoder
+
+
+def test_whole_numbers_name_one_category_whether_or_not_the_file_has_gaps():
+    columns = [Column("a", "categorical")]
+    whole, gaps = clean(pd.DataFrame({"a": [1, 2]}), columns), clean(pd.DataFrame({"a": [1.0, None]}), columns)
+    assert whole["a"][0] == gaps["a"][0] == "1"
+
+
+def test_test_and_validation_rows_teach_the_encoder_and_the_target_scale_nothing():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.normal(size=60), "b": rng.choice(["u", "v"], 60)})
+    target = rng.normal(size=60)
+    fold = make_folds(target, 5, 0, stratify=False)[0]
+    before = encode_fold(read_problem(frame, target, "regression", 5), fold)
+    outside = np.concatenate([fold.validation, fold.test])
+    frame.loc[outside, "a"] = 1e6
+    frame.loc[outside[0], "a"] = np.nan
+    frame.loc[outside, "b"] = "w"
+    target[outside] = 1e6
+    after = encode_fold(read_problem(frame, target, "regression", 5), fold)
+    assert torch.equal(before.train.x, after.train.x)
+    assert torch.equal(before.train.y, after.train.y)
+    assert not torch.equal(before.test.x, after.test.x)
+
+
+# Statistics
+
+
+def test_standard_error_is_that_of_the_mean():
+    assert stats.standard_error([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(math.sqrt(2.5 / 5))
+
+
+def test_comparison_pairs_the_folds_and_widens_for_shared_rows():
+    step = stats.compare([0.9, 0.9, 0.9, 0.9], [0.8, 0.7, 0.8, 0.7])
+    assert step.gain == pytest.approx(0.15)
+    assert step.se == pytest.approx(np.std([0.1, 0.2, 0.1, 0.2], ddof=1) * math.sqrt(1 / 4 + 1 / 3))
+
+
+def test_equal_differences_do_not_make_a_gain_look_certain():
+    step = stats.compare([0.6, 0.8, 0.7], [0.59, 0.79, 0.69])
+    assert step.se == pytest.approx(stats.standard_error([0.6, 0.8, 0.7]))
+    assert not step.earned
+
+
+def test_equal_perfect_scores_earn_nothing():
+    assert not stats.compare([1.0, 1.0], [1.0, 1.0]).earned
+    assert stats.compare([1.0, 1.0], [0.5, 0.5]).earned
+
+
+# Ladder
+
+
+def test_linear_stays_when_no_rung_is_better_by_more_than_one_se():
+    scores = {(): HIGH, (16,): LOW, (32,): HIGH, (32, 16): HIGH, (32, 8): LOW}
+    result = climb_with(scores)
+    assert result.winner.hidden == ()
+
+
+def test_best_width_is_the_pivot_of_the_funnel():
+    asked = []
+
+    def run(hidden):
+        asked.append(hidden)
+        return trial(hidden, HIGH if hidden == (64,) else LOW)
+
+    result = climb(run)
+    assert asked == [(), (16,), (32,), (64,), (128,), (64, 32), (64, 16)]
+    assert result.winner.hidden == (64,)
+
+
+def test_second_layer_wins_when_it_earns_its_place_against_one():
+    top = [score + 0.08 for score in HIGH]
+    result = climb_with({(): LOW, (16,): HIGH, (16, 8): LOW, (16, 4): top})
+    assert result.winner.hidden == (16, 4)
+
+
+def test_among_equal_scores_the_smaller_network_stays():
+    result = climb_with({(): LOW, (16,): HIGH, (32,): HIGH, (64,): HIGH, (128,): HIGH})
+    assert result.best[1].hidden == (16,)
+
+
+def test_diverged_candidate_never_wins():
+    def run(hidden):
+        if hidden == (128,):
+            return trial(hidden, [1.0, math.nan], state="diverged")
+        return trial(hidden, LOW)
+
+    result = climb(run)
+    assert result.winner.hidden == ()
+    (verdict,) = [item for item in judge(result, "accuracy", 0.5) if item.kind == "diverged"]
+    assert "one hidden layer of 128" in verdict.text
+
+
+# Verdicts
+
+
+def verdicts_of(scores, floor=0.5, **changes):
+    return {item.kind: item for item in judge(climb_with(scores, **changes), "accuracy", floor)}
+
+
+def test_verdict_says_linear_is_enough_with_the_rival_and_its_gain_in_se():
+    near = [score + 0.002 for score in LOW]
+    verdict = verdicts_of({(): LOW, (16,): near})["depth"]
+    assert verdict.text.startswith(
+        "Linear is enough: accuracy 0.810 without a hidden layer; one hidden layer of 16 gains"
+    )
+    assert verdict.numbers["gain"] == pytest.approx(0.002)
+    assert "SE" in verdict.text
+
+
+def test_verdict_names_the_rung_that_won_and_its_gain_in_se():
+    verdict = verdicts_of({(): LOW, (16,): HIGH, (16, 8): HIGH})["depth"]
+    assert verdict.text.startswith("One hidden layer of 16 won: accuracy 0.910 against 0.810 for linear")
+    assert verdict.numbers["gain_in_se"] == pytest.approx(stats.compare(HIGH, LOW).ratio)
+    assert "A second layer" in verdict.text
+
+
+def test_widest_layer_clearly_ahead_of_the_next_is_called_underfit():
+    middle = [score + 0.05 for score in LOW]
+    verdict = verdicts_of({(): LOW, (64,): middle, (128,): HIGH})["fit"]
+    assert (verdict.value, verdict.tone) == ("underfit", "notice")
+
+
+def test_rising_validation_loss_with_a_wide_gap_is_called_overfit():
+    scores = {(): LOW, (16,): HIGH}
+    assert verdicts_of(scores, train=0.99, rise=0.5)["fit"].value == "fine"  # Linear's gap is as wide.
+    result = climb_with(scores, rise=0.5)
+    for outcome in result.best[0].outcomes:
+        outcome.train_score = outcome.score
+    for outcome in result.best[1].outcomes:
+        outcome.train_score = 1.0
+    (verdict,) = [item for item in judge(result, "accuracy", 0.5) if item.kind == "fit"]
+    assert verdict.value == "overfit"
+    assert "SE" in verdict.text
+
+
+def test_score_of_a_constant_guess_is_called_no_signal():
+    verdict = verdicts_of({(): LOW, (16,): LOW}, floor=0.81)["fit"]
+    assert (verdict.value, verdict.tone) == ("no signal", "bad")
+    assert "0.810" in verdict.text
+
+
+def test_neighbours_of_two_layers_are_the_other_funnels():
+    top = [score + 0.08 for score in HIGH]
+    verdict = verdicts_of({(): LOW, (16,): HIGH, (16, 8): top, (16, 4): top})["neighbours"]
+    assert list(verdict.numbers) == ["16-8"]
+
+
+def test_neighbours_agree_or_not_with_their_numbers():
+    assert verdicts_of({(): LOW, (16,): HIGH, (32,): HIGH})["neighbours"].value == "robust"
+    sensitive = verdicts_of({(): LOW, (32,): HIGH, (16,): LOW, (64,): LOW})["neighbours"]
+    assert sensitive.value == "sensitive"
+    assert "16" in sensitive.text
+    assert "64" in sensitive.text
+    assert verdicts_of({(): LOW})["neighbours"].value == "inconclusive"
+
+
+def test_budget_verdict_lists_what_was_left_out():
+    verdict = verdicts_of({(): LOW, (16,): HIGH})["budget"]
+    assert "one hidden layer of 32" in verdict.text
+    assert "two hidden layers of 16 and 8" in verdict.text
+
+
+# Study
+
+
+def test_study_holds_every_candidate_with_its_fold_scores():
+    result = climb_with({(): LOW, (16,): HIGH, (16, 8): LOW})
+    study = to_study(result, "accuracy", seed=4)
+    assert [item.params for item in study.trials] == [
+        {"layers": 0},
+        {"layers": 1, "width": 16},
+        {"layers": 2, "width": 16, "taper": 2},
+    ]
+    assert study.best_params == {"layers": 1, "width": 16}
+    assert list(study.best_trial.intermediate_values.values()) == HIGH
+
+
+# Trainer
+
+
+def fold_data(seed=0, rows=80, regression=False):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 3, generator=generator)
+    y = x.sum(1, keepdim=True) if regression else (x[:, 0] * x[:, 1] > 0).long()
+    parts = (slice(0, rows // 2), slice(rows // 2, 3 * rows // 4), slice(3 * rows // 4, rows))
+    return FoldData(*(Split(x[part], y[part]) for part in parts))
+
+
+SPEC = Spec((8,), lr=5e-2, weight_decay=0.1, batch_size=16, seed=5)
+
+
+def test_weights_that_are_scored_are_those_of_the_best_validation_epoch():
+    (outcome,) = trainer.train_members([SPEC], [fold_data()], 2)[0]
+    assert outcome.stopped == "patience"
+    assert outcome.best_epoch == int(np.argmin(outcome.validation_loss))
+    assert len(outcome.validation_loss) > outcome.best_epoch + SPEC.patience
+    assert len(outcome.train_loss) == len(outcome.validation_loss)
+
+
+def test_test_rows_do_not_steer_training():
+    data = fold_data()
+    changed = FoldData(data.train, data.validation, Split(data.test.x * 100, 1 - data.test.y))
+    (one,), (two,) = (trainer.train_members([SPEC], [item], 2)[0] for item in (data, changed))
+    assert one.train_loss == two.train_loss
+    assert one.best_epoch == two.best_epoch
+    assert one.score != two.score
+
+
+def test_member_alone_equals_the_member_among_others():
+    folds = [fold_data(0), fold_data(1)]
+    other = Spec((4, 2), lr=1e-3, weight_decay=0.0, batch_size=8, seed=9)
+    alone = trainer.train_members([SPEC], folds, 2)[0]
+    among = trainer.train_members([other, SPEC], folds, 2)[1]
+    assert [item.validation_loss for item in alone] == [item.validation_loss for item in among]
+
+
+def test_training_leaves_torchs_generator_alone():
+    before = torch.random.get_rng_state()
+    trainer.train_members([SPEC], [fold_data()], 2)
+    trainer.refit(SPEC, fold_data().train, 2, 1)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_non_finite_loss_is_diverged_and_has_no_score(part):
+    data = fold_data(regression=True)
+    getattr(data, part).y[0] = math.inf
+    (outcome,) = trainer.train_members([SPEC], [data, data], 0)[0]
+    assert outcome.stopped == "diverged"
+    assert not outcome.finished
+
+
+def test_fold_that_meets_the_deadline_has_no_score_unless_it_may_keep_its_best():
+    past = time.perf_counter() - 1.0
+    (cut,) = trainer.train_members([SPEC], [fold_data(), fold_data()], 2, deadline=past)[0]
+    assert (cut.stopped, cut.finished) == ("clock", False)
+    kept = trainer.train_members([SPEC], [fold_data()] * 2, 2, deadline=past, keep_at_deadline=True)[0]
+    assert [(item.stopped, item.finished) for item in kept] == [("clock", True)] * 2
+
+
+def test_scores_are_accuracy_and_r2():
+    assert trainer.score_of(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])) == 0.5
+    y = torch.tensor([[1.0], [2.0], [3.0]])
+    assert trainer.score_of(y, y) == 1.0
+    assert trainer.score_of(torch.full((3, 1), 2.0), y) == 0.0
+    assert trainer.score_of(torch.zeros(3, 1), torch.ones(3, 1)) == 0.0
+
+
+def test_refit_trains_for_exactly_the_epochs_it_is_told():
+    data = fold_data().train
+    one, two, again = (trainer.refit(SPEC, data, 2, epochs) for epochs in (1, 2, 1))
+    states = [torch.cat([value.flatten() for value in model.state_dict().values()]) for model in (one, two, again)]
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[1])
+    assert not one.training
