@@ -155,16 +155,16 @@ def test_the_scheduler_moves_on_taken_steps_only():
 
 def test_the_scale_doubles_after_clean_steps_and_halves_after_an_overflow_within_its_bounds():
     model = nn.Linear(5, 3)
-    scale = LossScale(8.0, growth_interval=2, floor=4.0, ceiling=16.0)
+    scale = LossScale(4.0, growth_interval=2, floor=4.0, ceiling=16.0)
     step = guarded(model=model, precision="fp16", init_scale=scale)
-    scales = [step(*batch(seed)).scale for seed in range(6)]
-    assert scales == [8.0, 8.0, 16.0, 16.0, 16.0, 16.0]
+    assert [step(*batch(seed)).scale for seed in range(7)] == [4.0, 4.0, 8.0, 8.0, 16.0, 16.0, 16.0]
     handle = model.weight.register_hook(lambda gradient: gradient * torch.inf)
-    scales = [step(*batch(seed)).scale for seed in range(4)]
+    assert [step(*batch(seed)).scale for seed in range(4)] == [16.0, 8.0, 4.0, 4.0]
     handle.remove()
-    assert scales == [16.0, 8.0, 4.0, 4.0]
+    assert [step(*batch(seed)).scale for seed in range(3)] == [4.0, 4.0, 8.0]
     changes = [(change.step, change.before, change.after, change.reason) for change in step.scale_changes]
-    assert changes == [(1, 8.0, 16.0, "growth"), (6, 16.0, 8.0, "backoff"), (7, 8.0, 4.0, "backoff")]
+    grown = [(1, 4.0, 8.0, "growth"), (3, 8.0, 16.0, "growth")]
+    assert changes == [*grown, (7, 16.0, 8.0, "backoff"), (8, 8.0, 4.0, "backoff"), (12, 4.0, 8.0, "growth")]
     assert "at its floor" in step.records[-1].note
     assert "at its floor" not in step.records[0].note
 

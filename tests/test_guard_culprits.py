@@ -106,6 +106,29 @@ def test_looking_for_the_module_runs_no_code_of_the_model_itself():
     assert not model[1]._forward_hooks
 
 
+def test_the_second_look_repeats_the_random_numbers_of_the_first():
+    class Unlucky(nn.Module):
+        def forward(self, x):
+            return x * torch.where(torch.rand(()) < 0.5, torch.inf, 1.0)
+
+    step = guarded("mse", nn.Sequential(nn.Linear(2, 1), Unlucky()))
+    torch.manual_seed(next(seed for seed in range(99) if _draws(seed) == [True, False]))
+    assert step(torch.ones(3, 2), torch.zeros(3, 1)).culprit == "forward of 1"
+
+
+def _draws(seed):
+    torch.manual_seed(seed)
+    return [bool(torch.rand(()) < 0.5) for _ in range(2)]
+
+
+def test_the_second_look_copies_no_parameter(monkeypatch):
+    def refuse(self, memo):
+        raise MemoryError("a copy of a parameter")
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", refuse)
+    assert guarded(precision="fp16")(batch()[0] * 1e6, batch()[1]).culprit == "forward of 0"
+
+
 def test_a_model_that_cannot_be_copied_still_gets_a_record():
     class Locked(nn.Module):
         def forward(self, x):
