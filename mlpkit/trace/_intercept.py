@@ -92,6 +92,7 @@ def is_plain(value: object) -> bool:
         and value.dtype in FLOATS
         and value.layout is torch.strided
         and value.device.type != "meta"
+        and not value.is_nested
         and type(value) in (torch.Tensor, torch.nn.Parameter)
     )
 

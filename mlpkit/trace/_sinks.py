@@ -59,8 +59,8 @@ class Sinks:
         """A backward pass begins at these tensors: the loss."""
         self._trained = True
         for root in roots:
-            if not is_plain(root):
-                continue
+            if not is_plain(root) or torch._C._functorch.is_functorch_wrapped_tensor(root):
+                continue  # inside torch.func a loss is a wrapper without a value of its own
             if root.numel() == 1:
                 self._history.loss(step, float(root.detach()))
             cell = self._bad_cell(root)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -55,6 +57,9 @@ class Surroundings:
 
     def open(self) -> None:
         """Attach all hooks."""
+        # torch.compile warns of global hooks; a traced program shall say no more than it says untraced.
+        warnings.filterwarnings("ignore", message="Using `torch.compile")
+        self._removers.append(partial(_drop_filter, warnings.filters[0]))
         for hook in (
             torch_module.register_module_forward_pre_hook(self._enter_module),
             torch_module.register_module_forward_hook(self._leave_module, always_call=True),
@@ -86,7 +91,7 @@ class Surroundings:
     def adopt(self, root: torch.nn.Module) -> None:
         """Name the modules below a root as ``root.named_modules()`` does."""
         for name, module in root.named_modules():
-            self._names[module] = name
+            self._names[module] = _without_wrapper(name)
 
     def next_step(self) -> None:
         """Begin the next step now."""
@@ -181,6 +186,17 @@ class Surroundings:
         self._in_optimizer = False
         self.on_optimizer(optimizer)
         self.ended = True
+
+
+def _drop_filter(entry: Any) -> None:
+    filters: Any = warnings.filters
+    if entry in filters:
+        filters.remove(entry)
+
+
+def _without_wrapper(name: str) -> str:
+    """A qualified name without the level that ``torch.compile`` puts in between."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _comes_from_outside(record: OpRecord) -> bool:
