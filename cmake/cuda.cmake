@@ -56,7 +56,7 @@ function(mlpkit_find_cuda_obstacle obstacle)
   endif()
 endfunction()
 
-if(MLPKIT_CUDA_CHECK OR NOT MLPKIT_CUDA STREQUAL "OFF")
+if(MLPKIT_CUDA_CHECK OR (MLPKIT_TORCH_CUDA AND NOT MLPKIT_CUDA STREQUAL "OFF"))
   include(CheckLanguage)
   check_language(CUDA)
 endif()
