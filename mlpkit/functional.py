@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -70,12 +68,10 @@ def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor:
         return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
     if isinstance(seed, Tensor):
         return seed
-    return torch.tensor((_signed(seed), 0), dtype=torch.int64, device=x.device)
-
-
-def _signed(seed: int) -> int:
-    """The int64 with the same 64 bits, so that unsigned seeds are welcome too."""
-    return seed - 2**64 if seed >= 2**63 else seed
+    _check_seed(seed, x)
+    # The int64 with the same 64 bits, so that unsigned seeds are welcome too.
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    return torch.tensor((signed, 0), dtype=torch.int64, device=x.device)
 
 
 def _check(
@@ -93,7 +89,7 @@ def _check(
         raise ArgumentError(
             f"linear_act_dropout: activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}"
         )
-    if not 0.0 <= p <= 1.0 or math.isnan(p):
+    if not 0.0 <= p <= 1.0:
         raise ArgumentError(f"linear_act_dropout: p is {p}; it must lie in [0, 1]")
     if not 0 <= stream < 2**32:
         raise ArgumentError(f"linear_act_dropout: stream is {stream}; it must lie in [0, 2^32)")

@@ -132,7 +132,10 @@ MLPKIT_HD Normal<F> normal(F x) {
   const F tail = bell * q;
   return {bell, a < 1.f ? center : (x < 0.f ? tail : 1.f - tail)};
 }
-MLPKIT_HD Normal<double> normal(double x) { return {::exp(-0.5 * x * x), 0.5 * ::erfc(x * -0.70710678118654752440)}; }
+MLPKIT_HD Normal<double> normal(double x) {
+  const double u = x * 0.70710678118654752440;
+  return {::exp(-0.5 * x * x), u > -1.0 && u < 1.0 ? 0.5 + 0.5 * ::erf(u) : 0.5 * ::erfc(-u)};
+}
 
 }  // namespace math
 MLPKIT_END_ISA

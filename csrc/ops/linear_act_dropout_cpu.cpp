@@ -8,6 +8,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 #include <functional>
 
@@ -151,22 +152,35 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
   return {y, z, bits};
 }
 
-// The sum over blocks of rows of per-block column sums, each column in fp64, as a tensor like `like`.
+// A sum that carries its rounding error along (Neumaier 1974), in fp64.
+struct CarriedSum {
+  double sum = 0.0, carry = 0.0;
+  void add(double value) {
+    const double next = sum + value;
+    carry += std::abs(sum) >= std::abs(value) ? (sum - next) + value : (value - next) + sum;
+    sum = next;
+  }
+  // Where the sum is Inf or NaN, the carry is a meaningless NaN.
+  double value() const { return std::isfinite(sum) ? sum + carry : sum; }
+};
+
+// The sum over blocks of rows of per-block column sums, as a tensor like `like`: one sum a column, or one of them all.
 at::Tensor sum_partials(const at::Tensor& partials, const at::Tensor& like, Dtype dtype) {
-  const int64_t blocks = partials.size(0), cols = partials.size(1);
-  const bool doubles = partials.scalar_type() == at::kDouble, scalar = like.numel() != cols;
-  at::Tensor total = at::empty(like.sizes(), partials.options());
-  std::vector<double> sums(scalar ? 1 : cols, 0.0);
+  const int64_t blocks = partials.size(0), cols = partials.size(1), sums = like.numel() == cols ? cols : 1;
+  const bool doubles = partials.scalar_type() == at::kDouble;
+  std::vector<CarriedSum> carried(sums);
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t col = 0; col < cols; ++col) {
       const int64_t i = block * cols + col;
-      sums[scalar ? 0 : col] += doubles ? partials.const_data_ptr<double>()[i] : partials.const_data_ptr<float>()[i];
+      carried[sums == 1 ? 0 : col].add(doubles ? partials.const_data_ptr<double>()[i]
+                                               : partials.const_data_ptr<float>()[i]);
     }
-  for (size_t i = 0; i < sums.size(); ++i) {
+  at::Tensor total = at::empty(like.sizes(), partials.options());
+  for (int64_t i = 0; i < sums; ++i) {
     if (doubles)
-      total.mutable_data_ptr<double>()[i] = sums[i];
+      total.mutable_data_ptr<double>()[i] = carried[i].value();
     else
-      total.mutable_data_ptr<float>()[i] = static_cast<float>(sums[i]);
+      total.mutable_data_ptr<float>()[i] = static_cast<float>(carried[i].value());
   }
   if (!low_precision(dtype)) return total;
   at::Tensor rounded = at::empty(like.sizes(), like.options());
