@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from mlpkit.functional import linear_act_dropout
 
 # Importing inductor uses what torch itself has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,11 @@ def seed_words(seed=3, offset=0):
     return torch.tensor([seed, offset])
 
 
+# opcheck itself looks at gradients that are not there.
+opcheck = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@opcheck
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize(
     ("activation", "dtype"),
@@ -33,6 +38,7 @@ def test_opcheck_finds_nothing(activation, dtype, p):
     torch.library.opcheck(torch.ops.mlpkit.linear_act_dropout.default, arguments)
 
 
+@opcheck
 def test_opcheck_finds_nothing_without_bias_with_strides_or_without_rows():
     x, weight = torch.randn(7, 5).T.requires_grad_(), torch.randn(12, 7)[::2].requires_grad_()
     op = torch.ops.mlpkit.linear_act_dropout.default
@@ -107,7 +113,7 @@ def test_backward_refuses_an_input_that_was_changed_meanwhile(changed):
         y.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_forward_mode_derivatives_are_right_or_refused():
     x, tangent, weight = torch.randn(3, 4), torch.randn(3, 4), torch.randn(5, 4)
     for needs_gradient in (False, True):
