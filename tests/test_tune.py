@@ -323,7 +323,7 @@ def test_directory_with_other_files_is_never_touched(tmp_path, numbers):
 def test_damaged_model_is_one_clear_error(tmp_path, numbers, name, content):
     numbers[0].save(tmp_path / "run")
     (tmp_path / "run" / name).write_text(content)
-    with pytest.raises(DataError, match="damaged|format"):
+    with pytest.raises(DataError, match=r"damaged|format"):
         TunedModel.load(tmp_path / "run")
 
 
@@ -358,7 +358,7 @@ def test_shapes_that_do_not_fit_are_named():
     frame = line_table(40)
     with pytest.raises(ShapeError, match="X has 40 rows, y has 39"):
         tune(frame[["p"]], frame["y"][:39], progress=False)
-    with pytest.raises(ShapeError, match="rows and columns"):
+    with pytest.raises(ShapeError, match="of rows and columns"):
         tune(np.zeros(40), frame["y"], progress=False)
     with pytest.raises(ShapeError, match="one target"):
         tune(frame[["p"]], frame[["p", "y"]], progress=False)

@@ -222,5 +222,5 @@ def _reject_text(filled: Any, parsed: Any, name: str) -> None:
     bad = parsed.isna().to_numpy()
     row, value = int(filled.index[bad][0]) + 1, filled[bad].iloc[0]
     count = int(bad.sum())
-    more = f" (and text in {count - 1} more)" if count > 1 else ""
+    more = f" (and {count - 1} more rows)" if count > 1 else ""
     raise DataError(f"column {name!r} must hold numbers, but data row {row} holds {str(value)!r}{more}")

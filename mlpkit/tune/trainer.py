@@ -142,7 +142,7 @@ def _train_fold(spec: Spec, data: FoldData, out_features: int, limit: float, kee
         order = torch.Generator().manual_seed(spec.seed)
         best, best_state, mark, waited = math.inf, _copy(model), math.inf, 0
         outcome.stopped = "epochs"
-        for epoch in range(max(_MAX_EPOCHS, 4 * patience)):
+        for epoch in range(_MAX_EPOCHS):
             train_loss = _epoch(model, optimizer, data.train, spec.batch_size, order)
             loss = _loss(_forward(model, data.validation.x), data.validation.y).item()
             if not (math.isfinite(train_loss) and math.isfinite(loss)):

@@ -1,0 +1,224 @@
+"""Tables as they come: what columns and targets are taken for, and one clear sentence for what cannot be used."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mlpkit.errors import ArgumentError, DataError
+from mlpkit.tune import read_csv
+from mlpkit.tune.problem import read_problem
+from mlpkit.tune.table import clean, fingerprint, learn_columns, take_target, to_frame
+from mlpkit.tune.target import learn_target
+
+ROWS = 40
+
+
+def frame_with(**columns):
+    base = pd.DataFrame({"a": np.arange(ROWS, dtype=float), "y": np.arange(ROWS) % 2})
+    return base.assign(**columns)
+
+
+def problem_of(frame, task="auto", **options):
+    return read_problem(frame, "y", task, 5, **options)
+
+
+def kinds_of(frame, **options):
+    return {column.name: column.kind for column in problem_of(frame, **options).columns}
+
+
+def task_of(values):
+    return learn_target(pd.Series(values, name="y"), "auto", 2)[0]
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b"a,b\n", "has a header line but no rows"),
+        (b"a,b\n1,2\n1,2,3,4\n", "no regular CSV"),
+        (b"a,b\n\xff\xfe,1\n", "not UTF-8"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_unreadable_file_is_one_sentence(tmp_path, content, words):
+    path = tmp_path / "t.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=words) as caught:
+        read_csv(path)
+    assert "t.csv" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_absent_file_and_directory_are_named(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read_csv(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="is a directory"):
+        read_csv(tmp_path)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_usual_separators_a_byte_order_mark_and_question_marks_are_read(tmp_path, separator):
+    path = tmp_path / "t.csv"
+    lines = [["a", "b"], ["1", "x"], ["?", ""]]
+    path.write_text("\ufeff" + "\n".join(separator.join(line) for line in lines), encoding="utf-8")
+    frame = read_csv(path)
+    assert list(frame.columns) == ["a", "b"]
+    assert frame["a"].tolist()[0] == 1.0
+    assert frame.isna().sum().tolist() == [1, 1]
+
+
+# Columns
+
+
+def test_kinds_are_inferred():
+    frame = frame_with(
+        flag=[True, False] * (ROWS // 2),
+        colour=["red", "blue"] * (ROWS // 2),
+        digits=[str(number) for number in range(ROWS)],
+        day=pd.date_range("2020-01-01", periods=ROWS),
+        group=pd.Categorical([1, 2] * (ROWS // 2)),
+    )
+    assert kinds_of(frame) == {
+        "a": "numeric",
+        "flag": "numeric",
+        "colour": "categorical",
+        "digits": "numeric",
+        "day": "numeric",
+        "group": "categorical",
+    }
+    assert kinds_of(frame, categorical=["digits"], ignore=["day", "group"])["digits"] == "categorical"
+
+
+def test_dates_become_days_and_missing_ones_gaps():
+    frame = pd.DataFrame({"day": pd.to_datetime(["1970-01-02", None, "1970-01-04"])})
+    columns, _ = learn_columns(frame)
+    np.testing.assert_array_equal(clean(frame, columns)["day"], [1.0, np.nan, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([np.nan] * ROWS, "'b' is empty and was left out"),
+        ([7] * ROWS, "'b' holds a single value and was left out"),
+        ([f"id {number}" for number in range(ROWS)], "'b' holds 40 different texts in 40 rows and was left out"),
+    ],
+)
+def test_useless_column_is_left_out_with_a_note(values, words):
+    problem = problem_of(frame_with(b=values))
+    assert [column.name for column in problem.columns] == ["a"]
+    assert any(words in note for note in problem.notes)
+
+
+def test_nothing_left_is_an_error_that_says_why():
+    with pytest.raises(DataError, match="no usable input column is left: column 'a' is empty"):
+        problem_of(frame_with(a=np.nan))
+    with pytest.raises(DataError, match="no usable input column is left"):
+        problem_of(frame_with()[["y"]])
+
+
+def test_text_among_numbers_names_the_row_and_the_cell():
+    values = [str(number) for number in range(ROWS)]
+    values[4] = "five"
+    with pytest.raises(DataError, match="column 'b' must hold numbers, but data row 5 holds 'five'"):
+        problem_of(frame_with(b=values))
+    assert kinds_of(frame_with(b=values), ignore=["b"]) == {"a": "numeric"}
+
+
+def test_infinity_names_the_row_of_the_file_even_after_rows_were_left_out():
+    frame = frame_with(b=np.arange(ROWS, dtype=float))
+    frame.loc[9, "b"] = np.inf
+    frame["y"] = frame["y"].astype(float)
+    frame.loc[2, "y"] = np.nan
+    with pytest.raises(DataError, match="'b' holds infinity in data row 10"):
+        problem_of(frame)
+
+
+def test_complex_numbers_and_double_names_are_refused():
+    with pytest.raises(DataError, match="complex128"):
+        problem_of(frame_with(b=np.ones(ROWS) * 1j))
+    with pytest.raises(DataError, match="'a' appears more than once"):
+        to_frame(pd.DataFrame([[1, 2]], columns=["a", "a"]))
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(DataError, match="no column 'Y' for the target; did you mean 'y'"):
+        take_target(frame_with(), "Y")
+    with pytest.raises(DataError, match="; the columns are a, y"):
+        take_target(frame_with(), "something else")
+    with pytest.raises(ArgumentError, match="did you mean 'a'"):
+        problem_of(frame_with(), categorical=["A"])
+
+
+def test_fingerprint_follows_values_and_names_not_the_way_they_came(tmp_path):
+    frame = frame_with(c=["x", None] * (ROWS // 2))
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    again = read_csv(tmp_path / "t.csv")
+
+    def of(table):
+        return fingerprint(table[["a", "c"]], table["y"])
+
+    assert of(frame) == of(again)
+    assert of(frame) != of(frame.assign(a=frame["a"] + 1))
+    assert of(frame) != fingerprint(frame[["a", "c"]], frame["y"].rename("z"))
+
+
+# Target
+
+
+def test_task_is_inferred():
+    assert task_of(["b", "a"] * 10).task == "classification"
+    assert task_of([True, False] * 10).task == "classification"
+    assert task_of(list(range(4)) * 10).task == "classification"
+    assert task_of([0.0, 1.0] * 10).classes == (0, 1)
+    assert task_of(list(range(40))).task == "regression"  # Whole, but one row each.
+    assert task_of(np.linspace(0, 1, 30)).task == "regression"
+
+
+def test_labels_keep_their_type_and_order():
+    target = task_of(["b", "a", "b"] * 8)
+    assert target.classes == ("a", "b")
+    assert target.values[:3].tolist() == [1, 0, 1]
+    assert task_of([True, False] * 10).classes == (False, True)
+
+
+def test_rows_without_a_target_are_left_out_with_a_note():
+    frame = frame_with().astype(float)
+    frame.loc[:4, "y"] = np.nan
+    problem = problem_of(frame)
+    assert problem.rows == ROWS - 5
+    assert "5 rows have no target and were left out" in problem.notes
+
+
+@pytest.mark.parametrize(
+    ("values", "task", "words"),
+    [
+        (["a"] * ROWS, "auto", r"only one class \(a\)"),
+        ([3.5] * ROWS, "regression", r"only one value \(3\.5\)"),
+        ([f"name {number}" for number in range(ROWS)], "auto", "40 different values in 40 rows: too many for classes"),
+        (np.linspace(0, 1, ROWS), "classification", "too many for classes; use the task regression"),
+        (["a", "b"] * (ROWS // 2), "regression", "must hold numbers for a regression, but holds 'a'"),
+        (["a"] * (ROWS - 2) + ["b"] * 2, "auto", "class 'b' of target 'y' has 2 rows, but 5 folds need 5"),
+        ([np.inf] + [0.5] * (ROWS - 1), "regression", "holds infinity"),
+        ([np.nan] * ROWS, "auto", "0 rows with a target are too few"),
+    ],
+)
+def test_target_that_cannot_be_learnt_is_one_sentence(values, task, words):
+    with pytest.raises(DataError, match=words):
+        problem_of(frame_with(y=values), task)
+
+
+def test_three_rows_are_too_few():
+    with pytest.raises(DataError, match="3 rows with a target are too few: 5 folds need at least 20"):
+        problem_of(frame_with()[:3])
+
+
+def test_rare_class_beside_two_common_ones_is_kept_with_a_note():
+    problem = problem_of(frame_with(y=["a", "b"] * 19 + ["c", "c"]))
+    assert problem.target.classes == ("a", "b", "c")
+    assert "class 'c' has only 2 rows" in problem.notes
