@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mlpkit import _events
 from mlpkit.errors import ArgumentError, NonFiniteError
 from mlpkit.guard import LossScale, TrainStep
+from mlpkit.nn import MLP
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
@@ -193,6 +194,18 @@ def test_raise_puts_everything_back_and_then_raises():
     torch.testing.assert_close(step.model.state_dict(), before, rtol=0, atol=0)
     assert len(step.records) == 1
     assert not step(x, y).skipped
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_a_fused_network_learns_under_the_guard_with_a_bad_batch_in_between(precision, norm):
+    model = MLP(5, (32, 16), 3, dropout=0.1, norm=norm)
+    step = TrainStep(model, "cross_entropy", torch.optim.Adam(model.parameters(), lr=0.01), precision=precision)
+    x, y = batch()
+    results = [step(x * torch.inf if index == 20 else x, y) for index in range(40)]
+    assert [index for index, result in enumerate(results) if result.skipped] == [20]
+    assert results[-1].loss < 0.5 * results[0].loss
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
 
 
 def test_every_step_is_announced_once():
