@@ -139,7 +139,7 @@ def _explained(incident: Incident) -> str:
     finding = incident.finding
     text = finding.text or "the result is not finite"
     if incident.root_cause and incident.root_cause != finding.cause:
-        return f"{text} ({finding.cause}), the end of an earlier cause: {incident.root_text} ({incident.root_cause})"
+        return f"{text} ({finding.cause}); root: {incident.root_text} ({incident.root_cause})"
     return f"{text} ({finding.cause})"
 
 

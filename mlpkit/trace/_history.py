@@ -44,6 +44,7 @@ class History:
         self.modules: dict[str, Series] = {}
         self.parameters: dict[str, Series] = {}
         self.losses: Series = deque(maxlen=_RING)
+        self.learning_rate: float | None = None
         self._updates: dict[str, OpRecord] = {}
 
     def operation(self, record: OpRecord) -> None:
@@ -81,7 +82,8 @@ class History:
             return None
         step, _, name, before, after = min(leaps)
         update = self._updates[name]
-        text = f"`{name}` grew from {short(before)} to {short(after)} in one update ({short(after / before)} times)"
+        at = f", at learning rate {short(self.learning_rate)}" if self.learning_rate is not None else ""
+        text = f"`{name}` grew from {short(before)} to {short(after)} in one update{at}"
         return Explosion("hyperparameter", step, update.place.phase, update.op, name.rpartition(".")[0], text)
 
 

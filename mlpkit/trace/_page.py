@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from mlpkit.trace._tracer import Tracer
 
 _MOST_MODULES = 40
+_CAUSES = {
+    "overflow": "A finite result was too large for its dtype and became Inf",
+    "cast_overflow": "A number was too large for the dtype it was converted to and became Inf",
+    "underflow": "A number too small for its dtype was rounded to zero, and something divided by it or took its log",
+    "division_by_zero": "A number was divided by zero",
+    "zero_over_zero": "Zero was divided by zero, which is NaN",
+    "inf_minus_inf": "Inf was subtracted from Inf, which is NaN",
+    "zero_times_inf": "Zero was multiplied by Inf, which is NaN",
+    "inf_over_inf": "Inf was divided by Inf, which is NaN",
+    "log_of_zero": "The logarithm of zero is -Inf",
+    "sqrt_of_negative": "The square root of a negative number is NaN",
+    "domain": "The argument lay outside the domain of the function",
+    "empty_reduction": "A mean over nothing is 0 / 0, which is NaN",
+    "external": "The value was bad before any traced operation touched it",
+    "hyperparameter": "A setting of the optimizer drove the numbers away",
+    "explosion": "Magnitudes grew layer by layer until one passed the dtype's largest number",
+}
 _CHAIN_COLUMNS = ("step", "phase", "op", "module", "stage", "cause", "detail")
 _STAGE_COLOURS = {
     "explosion": "var(--accent)",
@@ -41,13 +58,29 @@ def page(tracer: Tracer, history: History) -> str:
         kind="mlpkit trace",
         title="What went wrong, and why" if bad else "Nothing went wrong",
         lead=first.sentence,
-        verdict=[first.sentence, *(str(fix["text"]) for fix in first.fix[:1])],
+        verdict=_verdict(first) if bad else ["Every value that counts stayed finite."],
         tone="bad" if bad else "good",
         facts=_facts(first, tracer),
         sections=sections,
         data=tracer.to_dict(),
         footer="NaN and Inf are followed through every operation that ran under the tracer.",
     )
+
+
+def _verdict(first: Diagnosis) -> list[str]:
+    lines = [f"{_CAUSES[str(first.cause)]}.", f"It reached {_reached(first)}."]
+    return lines + [f"First thing to try: {fix['text']}." for fix in first.fix[:1]]
+
+
+def _reached(first: Diagnosis) -> str:
+    """``loss, parameter `fc1.weight` and 5 more``."""
+    parts = []
+    sinks = first.evidence["reached"]
+    for kind in dict.fromkeys(sink["kind"] for sink in sinks):
+        names = [sink["name"] for sink in sinks if sink["kind"] == kind]
+        named = f" `{names[0]}`" if names[0] else ""
+        parts.append(f"{kind}{named}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    return ", ".join(parts)
 
 
 def _facts(first: Diagnosis, tracer: Tracer) -> list[Fact]:
@@ -97,7 +130,7 @@ def _chain_figure(first: Diagnosis) -> Figure:
         "showlegend": False,
     }
     alt = " -> ".join(f"{link['stage']} in {link['op']}" for link in links)
-    return Figure("Chain", {"data": [points], "layout": layout}, alt, table=table, height=260)
+    return Figure("Link by link", {"data": [points], "layout": layout}, alt, table=table, height=260)
 
 
 def _evidence(first: Diagnosis) -> Table:
@@ -112,10 +145,6 @@ def _evidence(first: Diagnosis) -> Table:
     rows.append(("rule", str(evidence["rule"]).replace("_", " ")))
     if "root" in evidence:
         rows.append(("root", evidence["root"]))
-    if evidence["reached"]:
-        rows.append(
-            ("reached", ", ".join(f"{sink['kind']} {sink['name']}".strip() for sink in evidence["reached"][:8]))
-        )
     return Table(("what", "value"), rows)
 
 
@@ -125,7 +154,7 @@ def _magnitudes(first: Diagnosis, history: History) -> list[Section]:
     if len(losses) > 1:
         blocks.append(_line("Loss", losses, first.step))
     if history.modules:
-        blocks.append(_heatmap(history))
+        blocks.append(_heatmap(history, first.step))
     if not blocks:
         blocks.append(Text("Too few steps or modules for a picture."))
     return [Section("Magnitudes", blocks, "Largest absolute values: how the run came to where it is.")]
@@ -141,12 +170,20 @@ def _line(title: str, values: list[tuple[int, float]], failed: int | None) -> Fi
     }
     positive = all(value > 0 for _, value in values)
     layout: dict[str, Any] = {
-        "xaxis": {"title": {"text": "step"}},
+        "xaxis": _steps_axis([step for step, _ in values]),
         "yaxis": {"title": {"text": title.lower()}, "type": "log" if positive else "linear"},
     }
     if failed is not None:
         layout["shapes"] = [
-            {"type": "line", "x0": failed, "x1": failed, "y0": 0, "y1": 1, "yref": "paper", "line": {"dash": "dot"}}
+            {
+                "type": "line",
+                "x0": failed,
+                "x1": failed,
+                "y0": 0,
+                "y1": 1,
+                "yref": "paper",
+                "line": {"dash": "dot", "color": "var(--bad)"},
+            }
         ]
     alt = (
         f"{title} from {short(values[0][1])} at step {values[0][0]} to {short(values[-1][1])} at step {values[-1][0]}."
@@ -154,9 +191,15 @@ def _line(title: str, values: list[tuple[int, float]], failed: int | None) -> Fi
     return Figure(title, {"data": [trace], "layout": layout}, alt)
 
 
-def _heatmap(history: History) -> Figure:
+def _steps_axis(steps: list[int]) -> dict[str, Any]:
+    few = {"dtick": 1} if max(steps) - min(steps) < 15 else {}
+    return {"title": {"text": "step"}, "tickformat": "d", **few}
+
+
+def _heatmap(history: History, failed: int | None) -> Figure:
     names = list(history.modules)[:_MOST_MODULES]
-    steps = sorted({step for name in names for step, _ in history.modules[name]})
+    last = math.inf if failed is None else failed + 1  # what follows a failure is NaN throughout
+    steps = sorted({step for name in names for step, _ in history.modules[name] if step <= last})
     rows = []
     for name in names:
         values = dict(history.modules[name])
@@ -174,7 +217,7 @@ def _heatmap(history: History) -> Figure:
         ("module", "first absmax", "last absmax"),
         [(name, short(history.modules[name][0][1]), short(history.modules[name][-1][1])) for name in names],
     )
-    layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"automargin": True, "autorange": "reversed"}}
+    layout = {"xaxis": _steps_axis(steps), "yaxis": {"automargin": True, "autorange": "reversed"}}
     caption = f"float16 ends at 2^{top:.0f}, float32 and bfloat16 at 2^128."
     alt = f"Largest magnitude of each of {len(names)} modules over {len(steps)} steps."
     return Figure("Modules", {"data": [trace], "layout": layout}, alt, caption, table, height=160 + 24 * len(names))

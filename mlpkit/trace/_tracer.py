@@ -142,6 +142,8 @@ class Tracer:
     def _know_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         ledger = self._observer.ledger
         states: Mapping[Any, Any] = optimizer.state
+        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        self._observer.history.learning_rate = max(rates, default=None)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 ledger.name(parameter, "parameter", "")
