@@ -144,28 +144,36 @@ forward(const ActDropoutForward args, bool aligned) {
     device::load(args.seed + 1, offset);
     dropout.seed = static_cast<uint64_t>(seed);
     dropout.offset = static_cast<uint32_t>(offset);
-    keep = place.keep(dropout, place.tile_number(tile));
+    keep = place.keep(dropout, args.first_tile + place.tile_number(tile));
   }
   const C scale = static_cast<C>(dropout.scale);
 
+  const bool saves_live = args.keep && args.activation == Activation::relu;
   uint32_t dead = 0, positive = 0;  // z <= 0 and z > 0: neither holds for NaN
 #pragma unroll 1
   for (int first = 0; first < place.steps; first += batch) {
-    C z[batch][width], bias[width] = {}, slope[width];
+    C z[batch][width], bias[width], slope[width];
 #pragma unroll
     for (int s = 0; s < batch; ++s)
       read<width, C>(args.product, place.element(tile, first + s), place.columns(tile, first + s), aligned, z[s]);
-    if (args.bias) read<width, T>(args.bias, place.col, place.count, aligned, bias);
     read_slope(place, args.slope, args.slopes, args.negative_slope, slope);
+    if (args.bias) {
+      read<width, T>(args.bias, place.col, place.count, aligned, bias);
 #pragma unroll
-    for (int s = 0; s < batch; ++s) {
+      for (int i = 0; i < batch * width; ++i) z[i / width][i % width] += bias[i % width];
+    }
+    if (saves_live) {
 #pragma unroll
-      for (int i = 0; i < width; ++i) {
-        z[s][i] += bias[i];
-        dead |= (z[s][i] <= 0 ? 1u : 0u) << ((first + s) * width + i);
-        positive |= (z[s][i] > 0 ? 1u : 0u) << ((first + s) * width + i);
-      }
-      if (args.z)
+      for (int i = 0; i < batch * width; ++i) dead |= (z[i / width][i % width] <= 0 ? 1u : 0u) << (first * width + i);
+    }
+    if (args.positive) {
+#pragma unroll
+      for (int i = 0; i < batch * width; ++i)
+        positive |= (z[i / width][i % width] > 0 ? 1u : 0u) << (first * width + i);
+    }
+    if (args.z) {
+#pragma unroll
+      for (int s = 0; s < batch; ++s)
         write<width, T>(args.z, place.element(tile, first + s), place.columns(tile, first + s), aligned, z[s]);
     }
     to_values(args.activation, slope, z);
@@ -177,14 +185,11 @@ forward(const ActDropoutForward args, bool aligned) {
       write<width, T>(args.y, place.element(tile, first + s), place.columns(tile, first + s), aligned, z[s]);
     }
   }
-  if (args.keep) {
-    if (args.activation == Activation::relu) keep &= ~place.in_mask_order(dead);
-    if (place.has_bits()) device::store4(args.keep + place.plane_offset(place.tile_number(tile)), keep);
-  }
-  if (args.positive) {
-    positive = place.in_mask_order(positive);
-    if (place.has_bits()) device::store4(args.positive + place.plane_offset(place.tile_number(tile)), positive);
-  }
+  const int64_t offset = place.plane_offset(place.tile_number(tile));
+  if (saves_live) keep &= ~place.in_mask_order(dead);
+  if (args.positive) positive = place.in_mask_order(positive);
+  if (args.keep && place.has_bits()) device::store4(args.keep + offset, keep);
+  if (args.positive && place.has_bits()) device::store4(args.positive + offset, positive);
 }
 
 // Partial column sums of the warp's rows, one row of them for each row block. Lanes with the same columns are added as

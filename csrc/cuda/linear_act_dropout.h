@@ -15,12 +15,13 @@ namespace mlpkit::cuda {
 // positive: z > 0 (leaky_relu).
 struct ActDropoutForward {  // y = act(z) * mask * scale,  z = product + bias
   int64_t rows, cols;
+  int64_t first_tile;  // of the mask contract: 0, or where these rows begin in the output they are a panel of
   Dtype dtype;
   Activation activation;
   double negative_slope;
   Dropout dropout;      // its seed and offset are ignored
   const int64_t* seed;  // [2]: seed and offset, read by the kernel; nullptr where the threshold is 0 or 65536
-  const void* product;  // [rows, cols], C: x W^T
+  const void* product;  // [rows, cols], C: x W^T; may be y itself where T is C
   const void* bias;     // [cols], T, or nullptr
   const void* slope;    // [slopes], T: prelu's; otherwise nullptr
   int64_t slopes;       // 1 or cols

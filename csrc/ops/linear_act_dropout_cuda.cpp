@@ -1,10 +1,12 @@
 // linear_act_dropout on a CUDA device: the library's GEMM and one fused element-wise kernel each way (ops).
 //
 // The forward product is taken in fp32 for bf16 and f16 (aten::mm.dtype), so that bias, activation and dropout see what
-// the GEMM accumulated and the result is rounded once. All work goes to the current stream of x's device; nothing waits
-// for it, and the seed stays on the device, so a call can be captured in a CUDA graph.
+// the GEMM accumulated and the result is rounded once; the gradients' GEMMs take dz rounded to the dtype, accumulate in
+// fp32 and round once. All work goes to the current stream of x's device; nothing waits for it, and the seed stays on
+// the device, so a call can be captured in a CUDA graph.
 #include "cuda/linear_act_dropout.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -16,12 +18,15 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "ops/linear_act_dropout.h"
 
 namespace mlpkit {
 namespace {
 
-// What a call needs of the runtime: x's device current, its stream, and no autocast between our GEMM and its operands.
+// What a call needs of the runtime: x's device current, its stream, and neither autograd nor autocast between us and
+// the library's GEMM.
 class CudaCall {
  public:
   explicit CudaCall(const at::Tensor& x) : device_(x.device()), no_autocast_(c10::autocast_dispatch_keyset) {
@@ -37,6 +42,7 @@ class CudaCall {
 
  private:
   c10::cuda::CUDAGuard device_;
+  at::AutoDispatchBelowADInplaceOrView no_autograd_;
   c10::impl::ExcludeDispatchKeyGuard no_autocast_;
 };
 
@@ -62,11 +68,23 @@ struct BitPlanes {
 
 bool changes_nothing(const LinearActDropout& op) { return op.activation == Activation::identity && op.threshold == 0; }
 
-// x W^T in the compute type
-at::Tensor product(const LinearActDropout& op, const at::Tensor& x, const at::Tensor& weight) {
-  const c10::ScalarType compute = compute_type(op.dtype);
-  if (op.depth == 0) return at::zeros({op.rows, op.cols}, x.options().dtype(compute));
-  return compute == x.scalar_type() ? at::mm(x, weight.t()) : at::mm(x, weight.t(), compute);
+// The fp32 product of bf16 and f16 is made in panels of rows, so that it takes 128 MiB at most whatever the batch; a
+// panel is work enough to hide its two launches. Panels are whole mask tiles.
+constexpr int64_t kPanelBytes = int64_t{1} << 27;
+
+int64_t panel_rows(const LinearActDropout& op, bool in_place) {
+  const int64_t rows = kPanelBytes / (op.cols * static_cast<int64_t>(sizeof(float))) / kMaskTile * kMaskTile;
+  return in_place ? op.rows : std::min(op.rows, std::max<int64_t>(rows, kMaskTile));
+}
+
+// to = x W^T, in the compute type
+void multiply(const at::Tensor& x, const at::Tensor& weight, at::Tensor to) {
+  if (x.size(1) == 0)
+    to.zero_();
+  else if (to.scalar_type() == x.scalar_type())
+    at::mm_out(to, x, weight.t());
+  else
+    at::mm_out(to, x, weight.t(), to.scalar_type());
 }
 
 ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
@@ -86,12 +104,10 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
   at::Tensor y = at::empty(sizes, x.options());
   at::Tensor z = save && op.needs == Needs::preactivation ? at::empty_like(y) : none;
   if (y.numel() == 0) return {y, z, bits};
-  const at::Tensor sums = product(op, inputs, weight), biases = contiguous(bias), slopes = contiguous(slope);
+  const at::Tensor biases = contiguous(bias), slopes = contiguous(slope);
   const at::Tensor state = op.draws() ? seed->contiguous() : at::Tensor();
   const BitPlanes<uint8_t> planes(op, static_cast<uint8_t*>(mutable_data_or_null(bits)));
-
   cuda::ActDropoutForward args{};
-  args.rows = op.rows;
   args.cols = op.cols;
   args.dtype = op.dtype;
   args.activation = op.activation;
@@ -100,15 +116,26 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
   args.dropout.threshold = op.threshold;
   args.dropout.scale = op.scale;
   args.seed = state.defined() ? state.const_data_ptr<int64_t>() : nullptr;
-  args.product = sums.const_data_ptr();
   args.bias = data_or_null(biases);
   args.slope = data_or_null(slopes);
   args.slopes = slopes.defined() ? slopes.numel() : 0;
-  args.y = y.mutable_data_ptr();
-  args.z = mutable_data_or_null(z);
-  args.keep = planes.keep;
-  args.positive = planes.positive;
-  C10_CUDA_CHECK(cuda::act_dropout_forward(args, call.stream()));
+
+  const bool in_place = compute_type(op.dtype) == x.scalar_type();
+  const int64_t panel = panel_rows(op, in_place), col_tiles = (op.cols + kMaskTile - 1) / kMaskTile;
+  const at::Tensor outputs = y.view({op.rows, op.cols});
+  const at::Tensor products =
+      in_place ? outputs : at::empty({panel, op.cols}, x.options().dtype(compute_type(op.dtype)));
+  for (int64_t row = 0; row < op.rows; row += panel) {
+    args.rows = std::min(panel, op.rows - row);
+    args.first_tile = row / kMaskTile * col_tiles;
+    multiply(inputs.narrow(0, row, args.rows), weight, products.narrow(0, 0, args.rows));
+    args.product = products.const_data_ptr();
+    args.y = outputs.narrow(0, row, args.rows).mutable_data_ptr();
+    args.z = z.numel() ? z.view({op.rows, op.cols}).narrow(0, row, args.rows).mutable_data_ptr() : nullptr;
+    args.keep = planes.keep ? planes.keep + args.first_tile * kMaskLanes : nullptr;
+    args.positive = planes.positive ? planes.positive + args.first_tile * kMaskLanes : nullptr;
+    C10_CUDA_CHECK(cuda::act_dropout_forward(args, call.stream()));
+  }
   return {y, z, bits};
 }
 

@@ -57,20 +57,27 @@ class Emulator:
         p: float = 0.0,
         seed: Tensor | None = None,
         stream: int = 0,
+        first_tile: int = 0,
         shift: int = 0,
+        in_place: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(y, z, keep, positive)`` for the product of a GEMM; each is written into memory full of 0xff.
 
-        shift: elements by which y and z miss a 16-byte boundary.
+        first_tile: where the rows begin in a larger output. shift: elements by which y and z miss a 16-byte boundary.
+        in_place: y takes the place of the product.
         """
         rows, cols = product.shape
         y, z = (_poisoned(rows * cols, dtype, shift) for _ in range(2))
+        if in_place:
+            y.copy_(product.reshape(-1))
+            product = y
         keep, positive = (_poisoned(_plane_bytes(rows, cols), torch.uint8) for _ in range(2))
         self._run(
             "emulate_forward",
             [product, bias, slope, seed],
             [y, z, keep, positive],
-            *(ctypes.c_int64(rows), ctypes.c_int64(cols), DTYPES.index(dtype), ACTIVATIONS.index(activation)),
+            *map(ctypes.c_int64, (rows, cols, first_tile)),
+            *(DTYPES.index(dtype), ACTIVATIONS.index(activation)),
             *(ctypes.c_double(negative_slope), ctypes.c_double(p), ctypes.c_uint32(stream)),
             *map(_pointer, (seed, product, bias, slope)),
             ctypes.c_int64(0 if slope is None else slope.numel()),

@@ -54,7 +54,7 @@ class Layer:
         )
         return y, z, grads
 
-    def forward(self, emulator, shift=0):
+    def forward(self, emulator, shift=0, first_tile=0):
         compute = torch.float64 if self.x.dtype == torch.float64 else torch.float32
         threshold = int(65536 * self.p + 0.5)
         return emulator.forward(
@@ -66,6 +66,7 @@ class Layer:
             p=self.p,
             seed=self.seed if 0 < threshold < 65536 else None,
             stream=STREAM,
+            first_tile=first_tile,
             shift=shift,
         )
 
@@ -123,6 +124,27 @@ def test_every_p_gives_the_values_of_the_cpu(emulator, activation, p, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_off_16_byte_boundaries_gives_the_values_of_the_cpu(emulator, dtype):
     Layer(17, 64, dtype, "gelu", 0.3, bias=True).check(emulator, shift=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_product_may_lie_where_the_output_goes(emulator, dtype):
+    product = torch.randn(33, 72, dtype=dtype)
+    apart = emulator.forward(product, dtype, "gelu", p=0.3, seed=torch.tensor([SEED, OFFSET]))
+    in_place = emulator.forward(product, dtype, "gelu", p=0.3, seed=torch.tensor([SEED, OFFSET]), in_place=True)
+    for ours, theirs in zip(in_place[:2], apart[:2]):
+        assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_panels_of_rows_give_what_the_whole_gives(emulator, dtype):
+    layer = Layer(70, 40, dtype, "leaky_relu", 0.4)
+    whole = layer.forward(emulator)
+    rows, layer.x = layer.x, layer.x[:32]
+    first = layer.forward(emulator)
+    layer.x = rows[32:].clone()
+    second = layer.forward(emulator, first_tile=2 * 3)
+    for panels, everything in zip(zip(first, second), whole):
+        assert_same_bits(torch.cat(panels), everything)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
