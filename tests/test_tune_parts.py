@@ -41,6 +41,7 @@ def climb_with(scores, **changes):
 
 LOW = [0.80, 0.82, 0.81, 0.79, 0.83]
 HIGH = [0.90, 0.91, 0.92, 0.89, 0.93]
+ALL = [(), (16,), (32,), (64,), (128,), (16, 8), (16, 4)]
 
 
 # Folds
@@ -224,7 +225,7 @@ def verdicts_of(scores, floor=0.5, **changes):
 
 def test_verdict_says_linear_is_enough_with_the_rival_and_its_gain_in_se():
     near = [score + 0.002 for score in LOW]
-    verdict = verdicts_of({(): LOW, (16,): near})["depth"]
+    verdict = verdicts_of({**dict.fromkeys(ALL, LOW), (16,): near})["depth"]
     assert verdict.text.startswith(
         "Linear is enough: accuracy 0.810 without a hidden layer; one hidden layer of 16 gains"
     )
@@ -233,7 +234,7 @@ def test_verdict_says_linear_is_enough_with_the_rival_and_its_gain_in_se():
 
 
 def test_verdict_names_the_rung_that_won_and_its_gain_in_se():
-    verdict = verdicts_of({(): LOW, (16,): HIGH, (16, 8): HIGH})["depth"]
+    verdict = verdicts_of({**dict.fromkeys(ALL, LOW), (16,): HIGH, (16, 8): HIGH})["depth"]
     assert verdict.text.startswith("One hidden layer of 16 won: accuracy 0.910 against 0.810 for linear")
     assert verdict.numbers["gain_in_se"] == pytest.approx(stats.compare(HIGH, LOW).ratio)
     assert "A second layer" in verdict.text
@@ -283,6 +284,8 @@ def test_budget_verdict_lists_what_was_left_out():
     verdict = verdicts_of({(): LOW, (16,): HIGH})["budget"]
     assert "one hidden layer of 32" in verdict.text
     assert "two hidden layers of 16 and 8" in verdict.text
+    depth = verdicts_of({(): LOW, (16,): HIGH})["depth"]
+    assert depth.text.startswith("Of what the budget allowed, one hidden layer of 16 won")
 
 
 # Study

@@ -67,8 +67,11 @@ def _facts(run: Run) -> list[Fact]:
 
 def _ladder_intro(run: Run) -> str:
     rest = run.verdicts[3:]
-    text = "Points are means over the folds, bars one standard error. A rung replaces the one below it only if it rises"
-    return " ".join([f"{text} above the band.", *(verdict.text for verdict in rest)])
+    text = (
+        "Points are means over the folds, bars one standard error."
+        " A deeper rung replaces a simpler one only if it gains more than that, fold by fold."
+    )
+    return " ".join([text, *(verdict.text for verdict in rest)])
 
 
 def _leaderboard(run: Run) -> Table:

@@ -33,7 +33,7 @@ class Verdict:
 def judge(climb: Climb, metric: str, floor: float) -> list[Verdict]:
     """All verdicts, the three main ones first. floor: the score of a constant guess (largest class, or mean)."""
     verdicts = [_depth(climb, metric), _fit(climb, metric, floor), _neighbours(climb, metric)]
-    if climb.untried or any(trial.state == "out of time" for trial in climb.trials):
+    if _cut_short(climb):
         verdicts.append(_budget(climb))
     diverged = [trial.words for trial in climb.trials if trial.state == "diverged"]
     if diverged:
@@ -52,13 +52,13 @@ def _depth(climb: Climb, metric: str) -> Verdict:
         rung = max(climb.steps, key=lambda number: climb.steps[number].gain)
         step, rival = climb.steps[rung], climb.best[rung]
         text = (
-            f"Linear is enough: {metric} {linear.mean:.3f} without a hidden layer; {rival.words}"
+            f"{_first(climb, 'linear')} is enough: {metric} {linear.mean:.3f} without a hidden layer; {rival.words}"
             f" {_change(step)}, and more than one SE is asked of a layer."
         )
         return Verdict("depth", "linear", text, "good", _numbers(step, winner, rival))
     step = stats.compare(winner.scores, linear.scores)
     text = (
-        f"{winner.words.capitalize()} won: {metric} {winner.mean:.3f} against {linear.mean:.3f} for linear,"
+        f"{_first(climb, winner.words)} won: {metric} {winner.mean:.3f} against {linear.mean:.3f} for linear,"
         f" a gain of {_signed(step.gain)} or {_ratio(step)} SE."
     )
     if climb.winner_rung == 1 and 2 in climb.steps:
@@ -67,6 +67,14 @@ def _depth(climb: Climb, metric: str) -> Verdict:
         below = stats.compare(winner.scores, climb.best[1].scores)
         text += f" Against the best single layer ({climb.best[1].name}) it gains {_ratio(below)} SE."
     return Verdict("depth", f"{climb.winner_rung} hidden", text, "good", _numbers(step, winner, linear))
+
+
+def _cut_short(climb: Climb) -> bool:
+    return bool(climb.untried) or any(trial.state == "out of time" for trial in climb.trials)
+
+
+def _first(climb: Climb, words: str) -> str:
+    return f"Of what the budget allowed, {words}" if _cut_short(climb) else words.capitalize()
 
 
 def _fit(climb: Climb, metric: str, floor: float) -> Verdict:
