@@ -211,3 +211,14 @@ def test_no_more_than_four_environment_variables():
     text = "\n".join(path.read_text() for path in sources)
     names = set(re.findall(r"(?:getenv|environ(?:\.get)?)\s*[(\[]\s*[\"'](MLPKIT_\w+)", text))
     assert len(names) <= 4, names
+
+
+def test_missing_cuda_fails_where_it_is_required():
+    from conftest import cuda_is_missing
+
+    if cuda_is_missing() is None:
+        pytest.skip("CUDA is here")
+    needs_cuda = str(ROOT / "tests" / "test_linear_act_dropout.py") + "::test_on_cuda_two_runs_are_bitwise_equal"
+    result = python("-m", "pytest", "-p", "no:cacheprovider", needs_cuda, MLPKIT_REQUIRE_CUDA="1")
+    assert result.returncode == 1
+    assert "4 errors" in result.stdout
