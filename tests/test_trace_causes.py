@@ -75,8 +75,8 @@ def softmax_by_hand():
 
 
 def nan_in_the_input():
-    x = torch.from_numpy(np.array([[1.0, 2.0, NAN, 4.0]], dtype=np.float32))  # mark: nan_in_the_input
-    nn.Linear(4, 4)(x).sum().backward()
+    x = torch.from_numpy(np.array([[1.0, 2.0, NAN, 4.0]], dtype=np.float32))
+    nn.Linear(4, 4)(x).sum().backward()  # mark: nan_in_the_input
 
 
 def nan_in_a_parameter():

@@ -5,37 +5,63 @@
 MLPKIT_BEGIN_ISA
 namespace {
 
-// Short enough for 16-bit counters, so that counting needs no wider lanes than the elements have.
+// Short enough for 16-bit counters, so that counting needs no wider lanes than the elements have, and for the first
+// level cache, where the second look at a block finds it.
 constexpr int64_t kBlock = 4096;
 
-// Counters of one block as the comparisons give them: each holds the ones below it on the magnitude's scale too.
+// The range of a block's magnitudes. In most blocks it shows that there is nothing else to count.
 template <class F>
-struct Block {
+struct Range {
   using Bits = typename F::Bits;
-  Bits nan, infinite, neginf, zero, up_to_subnormal, above, up_to_below, highest, lowest;
+  Bits bottom, top;  // of all magnitudes
+  // Both wrap around: a finite magnitude to the upper half, above any NaN or Inf; zero to the very top.
+  Bits largest_less_infinity, smallest_less_one;
 
-  // Counts in locals: members could alias the elements, which would keep the loop from being vectorised.
-  static Block of(const Bits* x, int64_t count) {
-    Bits nan = 0, infinite = 0, neginf = 0, zero = 0, up_to_subnormal = 0, above = 0, up_to_below = 0;
-    Bits highest = 0, lowest = static_cast<Bits>(~Bits{0});
+  static Range of(const Bits* x, int64_t count) {
+    Bits bottom = static_cast<Bits>(~Bits{0}), top = 0, largest = 0, smallest = static_cast<Bits>(~Bits{0});
     for (int64_t i = 0; i < count; ++i) {
       const Bits magnitude = x[i] & F::magnitude;
-      nan += magnitude > F::infinity;
-      infinite += magnitude == F::infinity;
-      neginf += x[i] == static_cast<Bits>(F::infinity | F::sign);
-      zero += magnitude == 0;
-      up_to_subnormal += magnitude < F::smallest_normal;
-      above += magnitude > F::fp16_max;
-      up_to_below += magnitude < F::fp16_min;
-      // Both wrap around: a finite number to the upper half, above any NaN or Inf; zero to the very top.
+      bottom = magnitude < bottom ? magnitude : bottom;
+      top = magnitude > top ? magnitude : top;
       const Bits less_infinity = static_cast<Bits>(magnitude - F::infinity);
-      highest = less_infinity > highest ? less_infinity : highest;
+      largest = less_infinity > largest ? less_infinity : largest;
       const Bits less_one = static_cast<Bits>(magnitude - 1);
-      lowest = less_one < lowest ? less_one : lowest;
+      smallest = less_one < smallest ? less_one : smallest;
     }
-    return {nan, infinite, neginf, zero, up_to_subnormal, above, up_to_below, highest, lowest};
+    return {bottom, top, largest, smallest};
+  }
+  bool ordinary() const {
+    return top <= F::fp16_max && bottom >= (F::fp16_min > F::smallest_normal ? F::fp16_min : F::smallest_normal);
   }
 };
+
+// Counts of one block. Each comparison also counts what lies beyond it on the magnitude's scale. They are locals:
+// members could alias the elements, which would keep the loop from being vectorised.
+template <class F>
+CensusCounts count_block(const typename F::Bits* x, int64_t count) {
+  using Bits = typename F::Bits;
+  Bits nan = 0, infinite = 0, neginf = 0, zero = 0, up_to_subnormal = 0, above = 0, up_to_below = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Bits magnitude = x[i] & F::magnitude;
+    nan += magnitude > F::infinity;
+    infinite += magnitude == F::infinity;
+    neginf += x[i] == static_cast<Bits>(F::infinity | F::sign);
+    zero += magnitude == 0;
+    up_to_subnormal += magnitude < F::smallest_normal;
+    above += magnitude > F::fp16_max;
+    up_to_below += magnitude < F::fp16_min;
+  }
+  CensusCounts counts{};
+  counts.nan = nan;
+  counts.posinf = infinite - neginf;
+  counts.neginf = neginf;
+  counts.zero = zero;
+  counts.subnormal = up_to_subnormal - zero;
+  // float16 itself has no finite number above its maximum.
+  if (F::fp16_max < F::infinity - 1) counts.above_fp16_max = above - nan - infinite;
+  counts.below_fp16_min = up_to_below - zero;
+  return counts;
+}
 
 template <class F>
 int64_t first_bad(const typename F::Bits* x) {
@@ -58,29 +84,31 @@ void run(const Census& args) {
   const Bits* x = static_cast<const Bits*>(args.data);
   CensusResult& result = *args.result;
   result = {};
-  CensusCounts& counts = result.counts;
-  counts.first = -1;
-  Bits highest = 0, lowest = static_cast<Bits>(~Bits{0});
+  CensusCounts& total = result.counts;
+  total.first = -1;
+  Bits largest = 0, smallest = static_cast<Bits>(~Bits{0});
   for (int64_t begin = 0; begin < args.count; begin += kBlock) {
     const int64_t count = args.count - begin < kBlock ? args.count - begin : kBlock;
-    const Block<F> block = Block<F>::of(x + begin, count);
-    const int64_t bad = static_cast<int64_t>(block.nan) + block.infinite;
-    counts.nan += block.nan;
-    counts.posinf += block.infinite - block.neginf;
-    counts.neginf += block.neginf;
-    counts.zero += block.zero;
-    counts.subnormal += block.up_to_subnormal - block.zero;
-    counts.above_fp16_max += F::fp16_max < F::infinity - 1 ? block.above - bad : 0;
-    counts.below_fp16_min += block.up_to_below - block.zero;
-    highest = block.highest > highest ? block.highest : highest;
-    lowest = block.lowest < lowest ? block.lowest : lowest;
-    if (bad && counts.first < 0) counts.first = begin + first_bad<F>(x + begin);
+    const Range<F> range = Range<F>::of(x + begin, count);
+    largest = range.largest_less_infinity > largest ? range.largest_less_infinity : largest;
+    smallest = range.smallest_less_one < smallest ? range.smallest_less_one : smallest;
+    if (!range.ordinary()) {
+      const CensusCounts counts = count_block<F>(x + begin, count);
+      total.nan += counts.nan;
+      total.posinf += counts.posinf;
+      total.neginf += counts.neginf;
+      total.zero += counts.zero;
+      total.subnormal += counts.subnormal;
+      total.above_fp16_max += counts.above_fp16_max;
+      total.below_fp16_min += counts.below_fp16_min;
+      if (total.first < 0 && range.top >= F::infinity) total.first = begin + first_bad<F>(x + begin);
+    }
     if (args.histogram) count_exponents<F>(x + begin, count, result.histogram);
   }
-  const Bits largest = highest & F::sign ? static_cast<Bits>(highest + F::infinity) : Bits{0};
-  if (largest == 0) return;
-  result.absmax = value_of<F>(largest);
-  result.min_nonzero = value_of<F>(static_cast<Bits>(lowest + 1));
+  const Bits absmax = largest & F::sign ? static_cast<Bits>(largest + F::infinity) : Bits{0};
+  if (absmax == 0) return;
+  result.absmax = value_of<F>(absmax);
+  result.min_nonzero = value_of<F>(static_cast<Bits>(smallest + 1));
 }
 
 }  // namespace

@@ -81,6 +81,9 @@ class Sink(Protocol):
     def before(self, call: OpCall) -> None:
         """An operation is about to run."""
 
+    def viewed(self) -> None:
+        """A view that autograd records is about to be made."""
+
     def after(self, call: OpCall) -> None:
         """It ran; ``call.outputs`` holds what it returned."""
 
@@ -159,33 +162,29 @@ class Interceptor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if traits.kind == "skip" or os.getpid() != self._process:
             return func(*args, **kwargs)
         reads = [*tensors_in(args), *tensors_in(kwargs.values())]
+        graph = torch.is_grad_enabled()
+        builds_graph = graph and any(tensor.requires_grad for tensor in reads)
+        if traits.kind == "view":
+            if builds_graph:
+                self._sink.viewed()
+            return func(*args, **kwargs)
         mutated = _written(traits, args, kwargs) if traits.writes else []
-        builds_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in reads)
         call = OpCall(func, traits, args, kwargs, reads, mutated, builds_graph)
-        with _Quiet():
-            if traits.keeps_old:
-                call.old = {id(tensor): tensor.detach().clone() for tensor in call.mutated}
-            self._sink.before(call)
-        result = func(*args, **kwargs)
-        with _Quiet():
-            values = result if isinstance(result, (list, tuple)) else (result,)
-            own = {id(tensor) for tensor in mutated}
-            call.outputs = [tensor for tensor in tensors_in(values) if id(tensor) not in own]
-            self._sink.after(call)
-        return result
-
-
-class _Quiet:
-    """No autograd graph grows and no autocast rounds while the tracer looks at tensors."""
-
-    __slots__ = ("_autocast", "_grad")
-
-    def __enter__(self) -> None:
-        self._grad = torch.is_grad_enabled()
+        # No autograd graph may grow while the tracer looks at tensors.
         torch._C._set_grad_enabled(False)
-        self._autocast = torch._C._DisableAutocast()
-        self._autocast.__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *_: object) -> None:
-        self._autocast.__exit__(None, None, None)
-        torch._C._set_grad_enabled(self._grad)
+        try:
+            if traits.keeps_old and mutated:
+                call.old = {id(tensor): tensor.detach().clone() for tensor in mutated}
+            self._sink.before(call)
+        finally:
+            torch._C._set_grad_enabled(graph)
+        result = func(*args, **kwargs)
+        values = result if isinstance(result, (list, tuple)) else (result,)
+        own = {id(tensor) for tensor in mutated}
+        call.outputs = [tensor for tensor in tensors_in(values) if id(tensor) not in own]
+        torch._C._set_grad_enabled(False)
+        try:
+            self._sink.after(call)
+        finally:
+            torch._C._set_grad_enabled(graph)
+        return result

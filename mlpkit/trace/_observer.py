@@ -17,7 +17,7 @@ from mlpkit.trace._history import History
 from mlpkit.trace._intercept import OpCall
 from mlpkit.trace._ledger import Ledger
 from mlpkit.trace._records import Finding, Incident, OpRecord, Place, Scan
-from mlpkit.trace._scan import scan
+from mlpkit.trace._scan import scan, scan_all
 from mlpkit.trace._sinks import Sinks
 from mlpkit.trace._where import Surroundings
 
@@ -115,12 +115,16 @@ class Observer:
         if not intended:
             self.sinks.add(record.incident)
 
+    def viewed(self) -> None:
+        """Views hold nothing new, but backward operations are mapped to them."""
+        self.where.note_view()
+
     # After an operation: what it wrote.
 
     def after(self, call: OpCall) -> None:
         """Record what an operation wrote and judge it."""
         place = self._place
-        if call.traits.kind == "view" or place is None:
+        if place is None:
             return
         if call.traits.kind == "allocate":
             for tensor in call.outputs:
@@ -132,7 +136,7 @@ class Observer:
             if call.name == "_local_scalar_dense":
                 self.sinks.escaped([bad.record for bad in self._bad], place)
             return
-        scans = [scan(tensor) for tensor in written]
+        scans = scan_all(written)
         record = self._record(call.name, written[0], place, self._parents, *scans)
         if any(found.bad for found in scans):
             self._judge(call, record, written, scans)

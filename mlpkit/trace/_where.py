@@ -102,7 +102,7 @@ class Surroundings:
 
     def place(self, call: OpCall, parents: tuple[OpRecord, ...]) -> Place:
         """Where ``call`` runs, given the records that made its inputs."""
-        file, line, updating = self._user_frame(call)
+        file, line, updating = self._user_frame(call.builds_graph)
         node: Any = torch._C._current_autograd_node()
         inside = len(self._stack) > (self._depth_at_backward[-1] if self._depth_at_backward else 0)
         # A module that runs during backward is a checkpointed forward, run again.
@@ -119,6 +119,13 @@ class Surroundings:
         place = Place(self.step, phase, self._stack[-1] if self._stack else "", file, line, "")
         self._sequence.setdefault(_sequence_number() - 1, place)
         return place
+
+    def note_view(self) -> None:
+        """A view has an autograd node of its own, whose backward may be a real operation."""
+        if torch._C._current_autograd_node() is None:
+            file, line, _ = self._user_frame(True)
+            module = self._stack[-1] if self._stack else ""
+            self._sequence.setdefault(_sequence_number() - 1, Place(self.step, "forward", module, file, line, ""))
 
     def _backward_place(self, node: Any, file: str, line: int) -> Place:
         name = node.name().removeprefix("torch::autograd::")
@@ -150,7 +157,7 @@ class Surroundings:
         results = [record.place.step == self.step and not _comes_from_outside(record) for record in parents]
         return not all(results) if call.builds_graph else not any(results)
 
-    def _user_frame(self, call: OpCall) -> tuple[str, int, bool]:
+    def _user_frame(self, builds_graph: bool) -> tuple[str, int, bool]:
         updating = False
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
@@ -161,7 +168,7 @@ class Surroundings:
             kind, shown = known
             if kind == "user":
                 return shown, frame.f_lineno, updating
-            updating = updating or kind == "update" or (kind == "guard" and not call.builds_graph)
+            updating = updating or kind == "update" or (kind == "guard" and not builds_graph)
             frame = frame.f_back
         return "", 0, updating
 
