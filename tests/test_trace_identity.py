@@ -1,5 +1,8 @@
 """Tracing changes nothing: training is bit-identical, and no hook is left behind."""
 
+import threading
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -164,6 +167,50 @@ def test_tracers_nest():
     assert hooks() == before
     assert inner.diagnosis.op == "log"
     assert outer.diagnosis.op == "log"
+
+
+def with_torch_func():
+    weights = torch.func.vmap(torch.func.grad(lambda w, x: (w * x).sin().sum()), (None, 0))
+    weights(torch.randn(3), torch.randn(5, 3))
+
+
+def with_nested_tensors():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoder(torch.randn(2, 3, 8), src_key_padding_mask=torch.tensor([[False, False, True], [False] * 3]))
+
+
+def with_compile():
+    torch.compile(nn.Linear(4, 4), backend="eager")(torch.randn(2, 4)).sum().backward()
+
+
+def with_another_thread():
+    model = nn.Sequential(nn.Linear(2, 2))
+    inside = threading.Event()
+    model[0].register_forward_hook(lambda *_: inside.set())
+    thread = threading.Thread(target=lambda: model(torch.ones(1, 2)).sum().backward())
+    thread.start()
+    thread.join()
+    assert inside.is_set()
+
+
+def with_other_kinds_of_tensors():
+    torch.fft.fft(torch.randn(4, dtype=torch.complex64, requires_grad=True)).abs().sum().backward()
+    (torch.eye(3).to_sparse() @ torch.ones(3, 2)).sum()
+    nn.Linear(3, 3, device="meta")(torch.ones(2, 3, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "program", [with_torch_func, with_nested_tensors, with_compile, with_another_thread, with_other_kinds_of_tensors]
+)
+def test_what_the_tracer_does_not_follow_still_runs_without_a_word(program):
+    before = hooks(), list(warnings.filters)
+    with Tracer() as tracer:
+        program()
+        torch.log(torch.zeros(1, requires_grad=True)).backward()
+    assert (hooks(), list(warnings.filters)) == before
+    assert (tracer.diagnosis.op, tracer.diagnosis.module) == ("log", "")
 
 
 def test_a_tracer_is_entered_once():

@@ -173,6 +173,8 @@ class Surroundings:
         return "", 0, updating
 
     def _enter_module(self, module: torch.nn.Module, args: Any) -> None:
+        if not _watched():
+            return
         if not self._stack:
             if module not in self._names:
                 self.adopt(module)
@@ -180,6 +182,8 @@ class Surroundings:
         self._stack.append(self._names.get(module, self._stack[-1] if self._stack else ""))
 
     def _leave_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if not _watched():
+            return
         if self._stack:
             self._stack.pop()
         if not self._stack:
@@ -193,6 +197,11 @@ class Surroundings:
         self._in_optimizer = False
         self.on_optimizer(optimizer)
         self.ended = True
+
+
+def _watched() -> bool:
+    """Hooks are global, interception belongs to a thread: modules of other threads are not followed."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _drop_filter(entry: Any) -> None:
