@@ -50,6 +50,13 @@ def test_many_panels_err_no_more_than_stock(dtype, cpu_capability):
     assert_close(linear_act_dropout, Case(777, 300, 533, "gelu"), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(33, 6000, 40), (6000, 33, 40), (5, 6000, 3), (129, 40, 6000)], ids=str)
+def test_long_sums_err_no_more_than_stock(shape, dtype, cpu_capability):
+    """Sums over in_features (y), rows (the gradients of weight and bias) and out_features (that of x)."""
+    assert_close(linear_act_dropout, Case(*shape, "silu"), dtype)
+
+
 RANGES = [(-0.01, 0.01), (-1, 1), (-6, -2), (2, 6), (-20, 20), (-100, 100)]
 
 
