@@ -1,5 +1,6 @@
 """Tracing changes nothing: training is bit-identical, and no hook is left behind."""
 
+import gc
 import threading
 import warnings
 
@@ -14,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import mlpkit
 from mlpkit import _events
 from mlpkit.errors import ArgumentError
-from mlpkit.trace import Tracer
+from mlpkit.trace import Tracer, _observer
+from mlpkit.trace._records import OpRecord
 
 
 def mlp(norm=None):
@@ -156,6 +158,18 @@ def test_a_module_that_raised_and_was_caught_leaves_no_name_behind():
             model(torch.randn(2, 3))
         torch.log(torch.zeros(1, requires_grad=True)).backward()
     assert (tracer.diagnosis.op, tracer.diagnosis.module) == ("log", "")
+
+
+def test_memory_stays_bounded_with_and_without_steps(monkeypatch):
+    monkeypatch.setattr(_observer, "_MOST_RECORDS", 100)
+    x = torch.ones(1)
+    with Tracer() as tracer:
+        for _ in range(400):
+            x = torch.log(x - x).exp() + 1  # a benign -Inf each time
+        gc.collect()
+        assert sum(type(thing) is OpRecord for thing in gc.get_objects()) < 700
+    assert tracer.operations == 1600
+    assert [(found.op, found.evidence["repeats"]) for found in tracer.diagnoses] == [("log", 400)]
 
 
 def test_tracers_nest():

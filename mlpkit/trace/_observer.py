@@ -24,7 +24,7 @@ from mlpkit.trace._where import Surroundings
 _FILLS = frozenset({"fill_", "full", "full_like", "new_full", "scalar_tensor", "masked_fill", "masked_fill_"})
 _FILLS |= {"constant_pad_nd", "where", "index_fill", "index_fill_"}
 _UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"
-_KEPT_STEPS = 2
+_MOST_RECORDS = 50_000  # a program without steps must not grow
 
 
 class _Bad:
@@ -46,7 +46,8 @@ class Observer:
         self.history = History()
         self.sinks = Sinks(self.ledger, self.history)
         self.operations = 0
-        self._records: deque[list[OpRecord]] = deque([[]], maxlen=_KEPT_STEPS)
+        self._records: deque[OpRecord] = deque()
+        self._step_began = 0
         self._place: Place | None = None
         self._parents: tuple[OpRecord, ...] = ()
         self._bad: list[_Bad] = []
@@ -158,7 +159,9 @@ class Observer:
         record.absmax = max(found.absmax for found in scans)
         record.derived = op == "param" or (op not in ("input", "empty") and _is_derived(place, parents))
         record.value = next((_word(found) for found in scans if found.bad), "")
-        self._records[-1].append(record)
+        self._records.append(record)
+        if len(self._records) > _MOST_RECORDS:
+            self._records.popleft().forget()
         return record
 
     def _judge(self, call: OpCall, record: OpRecord, written: list[torch.Tensor], scans: list[Scan]) -> None:
@@ -227,10 +230,9 @@ class Observer:
     def retire(self) -> None:
         """A step ended: records older than the previous step let go of each other."""
         self.sinks.step_ended(self.where.step)
-        if len(self._records) == _KEPT_STEPS:
-            for record in self._records[0]:
-                record.forget()
-        self._records.append([])
+        while self._records and self._records[0].index < self._step_began:
+            self._records.popleft().forget()
+        self._step_began = self.operations
 
 
 def _is_leaf(tensor: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from mlpkit.trace._records import Incident, OpRecord, Place, Sink
 from mlpkit.trace._scan import scan
 
 _MOST_SINKS = 64
+_FEW = 256
 
 
 class Sinks:
@@ -28,12 +29,17 @@ class Sinks:
         self._history = history
         self._trained = False
         self._escaped: list[tuple[OpRecord, Place]] = []
+        self._tidy_at = _FEW
 
     def add(self, incident: Incident) -> None:
         """Keep an incident."""
-        if not incident.listed:
-            incident.listed = True
-            self.incidents.append(incident)
+        if incident.listed:
+            return
+        incident.listed = True
+        self.incidents.append(incident)
+        if len(self.incidents) > self._tidy_at:
+            self.step_ended(-1)
+            self._tidy_at = 2 * len(self.incidents) + _FEW
 
     def reach(self, record: OpRecord, kind: str, name: str, place: Place) -> None:
         """A bad value arrived where it matters."""
@@ -75,7 +81,8 @@ class Sinks:
 
     def escaped(self, records: Iterable[OpRecord], place: Place) -> None:
         """A value left for Python, by ``.item()`` or the like; it counts if the program never trains."""
-        self._escaped.extend((record, place) for record in records)
+        if len(self._escaped) < _FEW:
+            self._escaped.extend((record, place) for record in records)
 
     def unscaled(self, incidents: Iterable[Incident], scale: float) -> None:
         """A gradient scaler looked at gradients that hold these."""

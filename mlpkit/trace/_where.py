@@ -28,6 +28,7 @@ _GUARD = os.path.join(_OURS, "guard") + os.sep
 _UPDATE_FILES = tuple(
     os.path.join(_TORCH, *parts) for parts in (("optim",), ("amp", "grad_scaler.py"), ("nn", "utils", "clip_grad.py"))
 )
+_MOST_NODES = 1 << 17  # of forward operations that backward ones can be mapped to, per step
 _NO_SEQUENCE = 1 << 63
 
 
@@ -117,7 +118,7 @@ class Surroundings:
         if self.ended and self.counting and self._is_fresh(call, phase, parents):
             self.next_step()
         place = Place(self.step, phase, self._stack[-1] if self._stack else "", file, line, "")
-        self._sequence.setdefault(_sequence_number() - 1, place)
+        self._note(place)
         return place
 
     def note_view(self) -> None:
@@ -125,7 +126,12 @@ class Surroundings:
         if torch._C._current_autograd_node() is None:
             file, line, _ = self._user_frame(True)
             module = self._stack[-1] if self._stack else ""
-            self._sequence.setdefault(_sequence_number() - 1, Place(self.step, "forward", module, file, line, ""))
+            self._note(Place(self.step, "forward", module, file, line, ""))
+
+    def _note(self, place: Place) -> None:
+        self._sequence.setdefault(_sequence_number() - 1, place)
+        if len(self._sequence) > _MOST_NODES:
+            self._older_sequence, self._sequence = self._sequence, {}
 
     def _backward_place(self, node: Any, file: str, line: int) -> Place:
         name = node.name().removeprefix("torch::autograd::")
