@@ -7,4 +7,4 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
-sys.exit(pytest.main(["--import-mode=importlib", *sys.argv[1:]]))
+sys.exit(pytest.main(sys.argv[1:]))

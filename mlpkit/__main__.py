@@ -22,7 +22,7 @@ def facts() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (built for {built.TORCH_VERSION})",
         "cpu kernels": f"{_C.cpu_capability()} in use; this machine runs {', '.join(_C.cpu_capabilities())}",
-        "cpu gemm": f"{_C.gemm_library()}, {torch.get_num_threads()} threads",
+        "cpu products": f"own kernels; float64 by {_C.gemm_library()}; {torch.get_num_threads()} threads",
         "cuda": cuda,
         "cuda device": _device(built.CUDA),
     }

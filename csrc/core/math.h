@@ -77,14 +77,16 @@ template <class F>
 MLPKIT_HD F tanh(F x) {
   const F a = absolute(x);
   const F t = x * x;
-  F s = t * 0.00223106f - 0.00826708f;
-  s = s * t + 0.02173444f;
-  s = s * t - 0.05395248f;
-  s = s * t + 0.13333248f;
-  s = s * t - 0.33333332f;
+  F s = t * 0.000120391873f - 0.000836785766f;
+  s = s * t + 0.00307145878f;
+  s = s * t - 0.00858901907f;
+  s = s * t + 0.0217818469f;
+  s = s * t - 0.0539523624f;
+  s = s * t + 0.13333191f;
+  s = s * t - 0.333333284f;
   const F small = (s * t) * x + x;
   const F large = 1.f - 2.f / (exp(a + a) + 1.f);
-  return a < 0.6f ? small : (x < 0.f ? -large : large);
+  return a < 1.f ? small : (x < 0.f ? -large : large);
 }
 MLPKIT_HD double tanh(double x) { return ::tanh(x); }
 

@@ -1,53 +1,22 @@
-// linear_act_dropout on the CPU: a library GEMM for each tile of the output, and the element-wise pass while the tile
-// is in cache (ops).
+// linear_act_dropout on the CPU: the product of one tile of the output, and the element-wise pass while the tile is in
+// cache (ops).
 #include "cpu/linear_act_dropout.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <cstring>
-#include <functional>
 
-#include "ops/gemm.h"
 #include "ops/linear_act_dropout.h"
+#include "ops/tiles.h"
 
 namespace mlpkit {
 namespace {
 
-// Tiles are fixed by the problem alone, never by the number of threads: every sum is then the same for any of them. 256
-// x 256 floats are a quarter of a 1 MiB L2. The weight gradient has few tiles and a long sum in each, so its tiles are
-// smaller.
-constexpr int64_t kTileRows = 256, kTileCols = 256, kGradRows = 64, kGradCols = 256;
-constexpr double kFlopsWorthAThread = 4e5;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Block {
-  int64_t row, rows, col, cols;
-};
-
-// Calls body(block, scratch) for every tile of a (rows, cols) matrix, in parallel; scratch holds one tile of the
-// compute dtype.
-template <class Body>
-void each_block(int64_t rows, int64_t cols, int64_t tile_rows, int64_t tile_cols, int64_t depth,
-                c10::ScalarType compute, const Body& body) {
-  const int64_t down = ceil_div(rows, tile_rows), across = ceil_div(cols, tile_cols);
-  const double tile_flops = 2.0 * std::min(rows, tile_rows) * std::min(cols, tile_cols) * std::max<int64_t>(depth, 16);
-  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kFlopsWorthAThread / std::max(tile_flops, 1.0)));
-  at::parallel_for(0, down * across, grain, [&](int64_t begin, int64_t end) {
-    SingleThreadedBlas single;
-    const int64_t scratch_elements = std::min(rows, tile_rows) * std::min(cols, tile_cols);
-    const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_elements * c10::elementSize(compute));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / across * tile_rows, col = i % across * tile_cols;
-      body(Block{row, std::min(tile_rows, rows - row), col, std::min(tile_cols, cols - col)}, scratch.get());
-    }
-  });
-}
+// The weight gradient has few tiles and a long sum in each, so its tiles are smaller.
+constexpr int64_t kGradRows = 96, kGradCols = 256;
 
 c10::ScalarType compute_type(Dtype dtype) { return dtype == Dtype::float64 ? at::kDouble : at::kFloat; }
 bool low_precision(Dtype dtype) { return dtype == Dtype::bfloat16 || dtype == Dtype::float16; }
@@ -57,22 +26,12 @@ char* at_element(const at::Tensor& tensor, int64_t index) {
   return static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + index * tensor.element_size();
 }
 
-void convert_in_parallel(Convert args) {
-  constexpr int64_t chunk = 1 << 14;
-  const int64_t from_size = low_precision(args.from_dtype) ? 2 : 4, to_size = low_precision(args.to_dtype) ? 2 : 4;
-  at::parallel_for(0, ceil_div(args.count, chunk), 4, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * chunk, last = std::min(args.count, end * chunk);
-    cpu::convert({args.from_dtype, args.to_dtype, static_cast<const char*>(args.from) + first * from_size,
-                  static_cast<char*>(args.to) + first * to_size, last - first});
-  });
-}
-
-// A contiguous copy in the compute dtype; the tensor itself where it is already that.
+// A contiguous copy of a small tensor in the compute dtype; the tensor itself where it is already that.
 at::Tensor in_compute_dtype(const at::Tensor& tensor, Dtype dtype) {
   const at::Tensor contiguous = tensor.contiguous();
   if (!low_precision(dtype)) return contiguous;
   at::Tensor copy = at::empty(contiguous.sizes(), contiguous.options().dtype(at::kFloat));
-  convert_in_parallel({dtype, Dtype::float32, contiguous.const_data_ptr(), copy.mutable_data_ptr(), copy.numel()});
+  cpu::convert({dtype, Dtype::float32, contiguous.const_data_ptr(), copy.mutable_data_ptr(), copy.numel()});
   return copy;
 }
 
@@ -121,20 +80,20 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
                       const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
                       double negative_slope, double p, int64_t stream, bool save) {
   const LinearActDropout op = check_linear_act_dropout(x, weight, bias, slope, seed, activation, p, stream);
-  const c10::ScalarType compute = compute_type(op.dtype);
   at::Tensor y = at::empty(output_sizes(x, op.cols), x.options());
   at::Tensor z = save && op.needs == Needs::preactivation ? at::empty_like(y) : at::empty({0}, x.options());
   at::Tensor bits = at::empty({save ? op.bits_bytes() : 0}, x.options().dtype(at::kByte));
   if (y.numel() == 0) return {y, z, bits};
 
-  const at::Tensor inputs = in_compute_dtype(x, op.dtype), weights = in_compute_dtype(weight, op.dtype);
+  const at::Tensor inputs = x.contiguous(), weights = weight.contiguous();
   const at::Tensor biases = bias ? in_compute_dtype(*bias, op.dtype) : at::Tensor();
   const Slopes slopes(slope, negative_slope, op.dtype);
   const BitPlanes planes(op, bits);
   const Dropout dropout = dropout_of(op, seed, stream);
-  each_block(op.rows, op.cols, kTileRows, kTileCols, op.depth, compute, [&](const Block& block, void* product) {
-    gemm({compute, false, true, block.rows, block.cols, op.depth, at_element(inputs, block.row * op.depth), op.depth,
-          at_element(weights, block.col * op.depth), op.depth, product, block.cols});
+  const Operand left{op.dtype, inputs.const_data_ptr(), op.depth, false};
+  const Operand right{op.dtype, weights.const_data_ptr(), op.depth, true};
+  each_block({op.rows, op.cols, kTileRows, kTileCols, op.depth}, [&](const Block& block, void* product) {
+    multiply(left, right, op.depth, block, product, block.cols);
     cpu::act_dropout_forward({{block.row, block.rows, block.col, block.cols, op.cols},
                               op.dtype,
                               op.activation,
@@ -188,23 +147,15 @@ at::Tensor sum_partials(const at::Tensor& partials, const at::Tensor& like, Dtyp
   return rounded;
 }
 
-// out = op(a) op(b) for a whole matrix in the compute dtype, tile by tile, rounded once to out's dtype.
-void product(const at::Tensor& out, int64_t rows, int64_t cols, int64_t depth, int64_t tile_rows, int64_t tile_cols,
-             Dtype dtype, const std::function<Gemm(const Block&)>& operands) {
-  const c10::ScalarType compute = compute_type(dtype);
-  each_block(rows, cols, tile_rows, tile_cols, depth, compute, [&](const Block& block, void* scratch) {
-    Gemm g = operands(block);
-    g.dtype = compute;
-    g.m = block.rows;
-    g.n = block.cols;
-    g.k = depth;
-    g.c = low_precision(dtype) ? scratch : at_element(out, block.row * cols + block.col);
-    g.ldc = low_precision(dtype) ? block.cols : cols;
-    gemm(g);
-    if (!low_precision(dtype)) return;
+// out = op(a) op(b) for a whole matrix, tile by tile, rounded once to out's dtype.
+void product(const at::Tensor& out, const Tiling& tiling, const Operand& a, const Operand& b, Dtype dtype) {
+  each_block(tiling, [&](const Block& block, void* scratch) {
+    if (!low_precision(dtype))
+      return multiply(a, b, tiling.depth, block, at_element(out, block.row * tiling.cols + block.col), tiling.cols);
+    multiply(a, b, tiling.depth, block, scratch, block.cols);
     for (int64_t r = 0; r < block.rows; ++r)
       cpu::convert({Dtype::float32, dtype, static_cast<float*>(scratch) + r * block.cols,
-                    at_element(out, (block.row + r) * cols + block.col), block.cols});
+                    at_element(out, (block.row + r) * tiling.cols + block.col), block.cols});
   });
 }
 
@@ -231,7 +182,7 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
   Dropout dropout;
   dropout.threshold = op.threshold;
   dropout.scale = op.scale;
-  each_block(op.rows, op.cols, kTileRows, kTileCols, 0, compute_type(op.dtype), [&](const Block& block, void*) {
+  each_block({op.rows, op.cols, kTileRows, kTileCols, 0}, [&](const Block& block, void*) {
     const auto row_of = [&](const at::Tensor& sums) -> void* {
       return sums.defined() ? at_element(sums, block.row / kTileRows * op.cols) : nullptr;
     };
@@ -251,31 +202,18 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
   });
 
   at::Tensor dx = absent, dweight = absent, dbias = absent, dslope = absent;
+  const Dtype dz_dtype = op.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
   if (needs[0]) {
-    const at::Tensor weights = in_compute_dtype(weight, op.dtype);
+    const at::Tensor weights = weight.contiguous();
     dx = at::empty(x.sizes(), options);
-    product(dx, op.rows, op.depth, op.cols, kTileRows, kTileCols, op.dtype, [&](const Block& block) {
-      return Gemm{{},
-                  false,
-                  false,
-                  0,
-                  0,
-                  0,
-                  at_element(dz, block.row * op.cols),
-                  op.cols,
-                  at_element(weights, block.col),
-                  op.depth,
-                  nullptr,
-                  0};
-    });
+    product(dx, {op.rows, op.depth, kTileRows, kTileCols, op.cols}, {dz_dtype, dz.const_data_ptr(), op.cols, false},
+            {op.dtype, weights.const_data_ptr(), op.depth, false}, op.dtype);
   }
   if (needs[1]) {
-    const at::Tensor inputs = in_compute_dtype(x, op.dtype);
+    const at::Tensor inputs = x.contiguous();
     dweight = at::empty(weight.sizes(), options);
-    product(dweight, op.cols, op.depth, op.rows, kGradRows, kGradCols, op.dtype, [&](const Block& block) {
-      return Gemm{{},       true,    false, 0, 0, 0, at_element(dz, block.row), op.cols, at_element(inputs, block.col),
-                  op.depth, nullptr, 0};
-    });
+    product(dweight, {op.cols, op.depth, kGradRows, kGradCols, op.rows}, {dz_dtype, dz.const_data_ptr(), op.cols, true},
+            {op.dtype, inputs.const_data_ptr(), op.depth, false}, op.dtype);
   }
   if (needs[2]) dbias = sum_partials(dbias_partials, at::empty({op.cols}, options), op.dtype);
   if (want_dslope) dslope = sum_partials(dslope_partials, *slope, op.dtype);
