@@ -216,6 +216,88 @@ def a_value_that_is_only_printed():
     return torch.log(torch.zeros(1)).item()  # mark: a_value_that_is_only_printed
 
 
+def negative_running_variance():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model[0].running_var.fill_(-1.0)
+    model.eval()(torch.ones(3, 2)).sum().backward()
+
+
+def layernorm_without_eps():
+    nn.Sequential(nn.LayerNorm(4, eps=0.0))(torch.ones(2, 4)).sum().backward()
+
+
+def one_update_blows_up():
+    model = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 1))
+    x = torch.randn(8, 4)
+    train(model, torch.optim.RMSprop(model.parameters(), lr=1e15), lambda m, _: m(x).pow(2).mean(), 3)
+
+
+def one_bad_batch():
+    model = nn.Linear(4, 1)
+    batches = [torch.randn(4, 4) * (1e25 if i == 20 else 1.0) for i in range(22)]
+    train(model, torch.optim.SGD(model.parameters(), lr=0.01), lambda m, i: m(batches[i]).pow(2).mean(), 22)
+
+
+def attention_scores_overflow_in_fp16():
+    q = nn.Linear(32, 32).half()
+    x = q(torch.randn(2, 4, 32).half()) * 1000
+    scores = x @ x.transpose(1, 2)  # mark: attention_scores_overflow_in_fp16
+    torch.softmax(scores, -1).float().sum().backward()
+
+
+def mask_times_infinity():
+    w = torch.ones(3, requires_grad=True)
+    x = torch.tensor([1.0, 0.0, 2.0])
+    (torch.log(x * w) * (x > 0)).sum().backward()  # mark: mask_times_infinity
+
+
+def soft_target_of_a_masked_class():
+    z = nn.Linear(3, 3)(torch.ones(1, 3)).masked_fill(torch.tensor([[True, False, False]]), -INF)
+    target = torch.tensor([[0.0, 1.0, 0.0]])
+    (-(target * F.log_softmax(z, -1)).sum()).backward()  # mark: soft_target_of_a_masked_class
+
+
+def where_does_not_stop_the_gradient():
+    x = torch.tensor([0.0, 1.0], requires_grad=True)
+    optimizer = torch.optim.SGD([x], 0.1)
+    y = torch.sqrt(x)  # mark: where_does_not_stop_the_gradient
+    torch.where(x > 0, y, 0.0).sum().backward()
+    optimizer.step()
+
+
+def gradients_explode_over_time():
+    w = (torch.eye(8) * 30).requires_grad_()
+    h = torch.full((1, 8), 1e-30)
+    for _ in range(30):
+        h = h @ w
+    h.sum().backward(torch.tensor(1e10))
+
+
+def adam_eps_underflows_in_fp16():
+    model = nn.Linear(4, 4).half()
+    loss = lambda m, _: (m(torch.zeros(1, 4).half()).float() * 1e-6).sum()  # noqa: E731
+    train(model, torch.optim.Adam(model.parameters()), loss, 1)
+
+
+def own_autograd_function():
+    class Divide(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 1  # mark: own_autograd_function
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient / ctx.saved_tensors[0]
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return Divide.apply(x)
+
+    x = torch.zeros(3, requires_grad=True)
+    nn.Sequential(Layer())(x).sum().backward()
+
+
 def batchnorm_statistics():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
     model(torch.full((3, 4), 1e30) * torch.randn(3, 4)).sum().backward()
@@ -260,6 +342,17 @@ CASES = {
     fused_layer_overflows_in_fp16: ("linear_act_dropout", "forward", 0, "0", "overflow", "float16", None),
     a_model_without_training_returns_nan: ("addmm", "forward", 0, "0", "overflow", "float32", None),
     a_value_that_is_only_printed: ("log", "forward", 0, "", "log_of_zero", "float32", None),
+    negative_running_variance: ("native_batch_norm", "forward", 0, "0", "sqrt_of_negative", "float32", None),
+    layernorm_without_eps: ("native_layer_norm", "forward", 0, "0", "zero_over_zero", "float32", None),
+    one_update_blows_up: ("pow", "forward", 1, "", "hyperparameter", "float32", None),
+    one_bad_batch: ("pow", "forward", 20, "", "overflow", "float32", None),
+    attention_scores_overflow_in_fp16: ("bmm", "forward", 0, "", "overflow", "float16", None),
+    mask_times_infinity: ("log", "forward", 0, "", "log_of_zero", "float32", None),
+    soft_target_of_a_masked_class: ("mul", "forward", 0, "", "zero_times_inf", "float32", None),
+    where_does_not_stop_the_gradient: ("div", "backward", 0, "", "zero_over_zero", "float32", "SqrtBackward0"),
+    gradients_explode_over_time: ("mm", "backward", 0, "", "explosion", "float32", "MmBackward0"),
+    adam_eps_underflows_in_fp16: ("add_", "optimizer", 0, "", "underflow", "float16", None),
+    own_autograd_function: ("div", "backward", 0, "0", "division_by_zero", "float32", "DivideBackward"),
     batchnorm_statistics: ("native_batch_norm", "forward", 0, "0", "overflow", "float32", None),
 }
 MARKS = {

@@ -63,6 +63,8 @@ def _answer(call: OpCall, base: str, value: float, finding: Finding) -> tuple[st
     if finite_inputs:
         if any(name in base for name in _NORMALISATIONS) and _shadow.arguments(call).get("eps") == 0:
             return "zero_over_zero", "the variance is 0 and so is eps"
+        if "batch_norm" in base and math.isnan(value) and not math.isfinite(finding.exact or math.nan):
+            return "sqrt_of_negative", "the running variance is negative"
         return _finite_inputs(finding, bound, value)
     return _infinite_inputs(call, base)
 

@@ -59,6 +59,10 @@ class History:
         _note(self.parameters.setdefault(name, deque(maxlen=_RING)), record.place.step, absmax)
         self._updates[name] = record
 
+    def knows(self, name: str) -> bool:
+        """Whether a parameter has been noted."""
+        return name in self.parameters
+
     def start(self, name: str, absmax: float) -> None:
         """Note a parameter before its first update."""
         self.parameters.setdefault(name, deque([(-1, absmax)], maxlen=_RING))

@@ -219,6 +219,8 @@ class Observer:
         record.subject = record.subject or cell.name or cell.kind
         if cell.kind == "parameter" and record.place.phase == "optimizer":
             self.where.ended = True
+            if id(tensor) in call.old and not self.history.knows(cell.name):
+                self.history.start(cell.name, scan(call.old[id(tensor)]).absmax)
             self.history.parameter(cell.name, record, found.absmax)
         if found.bad:
             self.sinks.reach(record, cell.kind, cell.name, record.place)

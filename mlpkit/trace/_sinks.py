@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 
@@ -29,6 +30,7 @@ class Sinks:
         self._history = history
         self._trained = False
         self._escaped: list[tuple[OpRecord, Place]] = []
+        self._gradients: list[tuple[ReferenceType[torch.Tensor], OpRecord, str]] = []
         self._tidy_at = _FEW
 
     def add(self, incident: Incident) -> None:
@@ -79,6 +81,15 @@ class Sinks:
                 _blame_constant(record, incident)
             self.reach(record, "loss", "", record.place)
 
+    def backward_done(self) -> None:
+        """A backward pass is over: remember the bad gradients it left, in case nobody clears or applies them."""
+        self._gradients = []
+        for parameter in self._ledger.leaves():
+            cell = self._bad_cell(parameter.grad) if parameter.grad is not None else None
+            if cell is not None and cell.record is not None:
+                owner = self._ledger.find(parameter)
+                self._gradients.append((ref(parameter), cell.record, owner.name if owner else ""))
+
     def escaped(self, records: Iterable[OpRecord], place: Place) -> None:
         """A value left for Python, by ``.item()`` or the like; it counts if the program never trains."""
         if len(self._escaped) < _FEW:
@@ -118,15 +129,16 @@ class Sinks:
                 incident.listed = False
         self.incidents = kept
 
-    def finish(self) -> None:
-        """The program is over: what it still holds counts too."""
+    def finish(self, scaling: bool) -> None:
+        """The program is over: what it still holds counts too. scaling: a gradient scaler was seen."""
         self.step_ended(-1)
-        for parameter in self._ledger.leaves():
-            if parameter.grad is not None:
-                cell = self._bad_cell(parameter.grad)
-                if cell is not None and cell.record and cell.record.incident and not cell.record.incident.calibration:
-                    owner = self._ledger.find(parameter)
-                    self.reach(cell.record, "gradient", owner.name if owner else "", cell.record.place)
+        for weak, record, name in self._gradients:
+            parameter = weak()
+            gradient = None if parameter is None else parameter.grad
+            # With its owner gone, nobody can tell whether a gradient was cleared; a scaler clears those it found bad.
+            left = not scaling if parameter is None else gradient is not None and self._bad_cell(gradient) is not None
+            if left and record.incident is not None and not record.incident.calibration:
+                self.reach(record, "gradient", name, record.place)
         if self._trained:
             return
         for record, place in self._escaped:

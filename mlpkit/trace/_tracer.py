@@ -51,6 +51,7 @@ class Tracer:
         where.on_output = self._check_output
         where.on_optimizer = self._know_optimizer
         where.on_backward = lambda roots: self._observer.sinks.backward_from(roots, where.step)
+        where.on_backward_done = self._observer.sinks.backward_done
         where.on_step = self._observer.retire
         where.name_of = self._name_of
         if model is not None:
@@ -73,7 +74,7 @@ class Tracer:
         self._where.close()
         self._unsubscribe()
         with torch.no_grad():
-            self._observer.sinks.finish()
+            self._observer.sinks.finish(self._where.scaling)
 
     def next_step(self) -> None:
         """Begin a step; the first call opens step 0, and from then on optimizer steps no longer count."""

@@ -25,9 +25,8 @@ from mlpkit.trace._records import OpRecord, Place
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _GUARD = os.path.join(_OURS, "guard") + os.sep
-_UPDATE_FILES = tuple(
-    os.path.join(_TORCH, *parts) for parts in (("optim",), ("amp", "grad_scaler.py"), ("nn", "utils", "clip_grad.py"))
-)
+_SCALER_FILE = os.path.join(_TORCH, "amp", "grad_scaler.py")
+_UPDATE_FILES = (os.path.join(_TORCH, "optim"), os.path.join(_TORCH, "nn", "utils", "clip_grad.py"))
 _MOST_NODES = 1 << 17  # of forward operations that backward ones can be mapped to, per step
 _NO_SEQUENCE = 1 << 63
 
@@ -38,11 +37,13 @@ class Surroundings:
     def __init__(self, model: torch.nn.Module | None) -> None:
         self.step = 0
         self.counting = True
+        self.scaling = False  # a gradient scaler has been seen
         self.ended = False  # an optimizer step has been seen; the next step begins with the next fresh work
         self.on_root: Callable[[torch.nn.Module], None] = lambda root: None
         self.on_output: Callable[[torch.nn.Module, Any], None] = lambda root, output: None
         self.on_optimizer: Callable[[Optimizer], None] = lambda optimizer: None
         self.on_backward: Callable[[Sequence[torch.Tensor]], None] = lambda roots: None
+        self.on_backward_done: Callable[[], None] = lambda: None
         self.on_step: Callable[[], None] = lambda: None
         self.name_of: Callable[[torch.Tensor], str] = lambda tensor: ""
         self._names: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
@@ -72,14 +73,18 @@ class Surroundings:
         engine = autograd._engine_run_backward
 
         def watched(roots: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-            if torch._C._current_graph_task_id() == -1:
+            outermost = torch._C._current_graph_task_id() == -1
+            if outermost:
                 self._in_optimizer = False
                 self.on_backward(roots)
             self._depth_at_backward.append(len(self._stack))
             try:
-                return engine(roots, *args, **kwargs)
+                result = engine(roots, *args, **kwargs)
             finally:
                 self._depth_at_backward.pop()
+            if outermost:
+                self.on_backward_done()
+            return result
 
         autograd._engine_run_backward = watched
         self._removers.append(lambda: setattr(autograd, "_engine_run_backward", engine))
@@ -174,7 +179,8 @@ class Surroundings:
             kind, shown = known
             if kind == "user":
                 return shown, frame.f_lineno, updating
-            updating = updating or kind == "update" or (kind == "guard" and not builds_graph)
+            self.scaling = self.scaling or kind == "scaler"
+            updating = updating or kind in ("update", "scaler") or (kind == "guard" and not builds_graph)
             frame = frame.f_back
         return "", 0, updating
 
@@ -236,6 +242,8 @@ _sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: i
 
 
 def _kind_of_file(name: str) -> str:
+    if name == _SCALER_FILE:
+        return "scaler"
     if name.startswith(_UPDATE_FILES):
         return "update"
     if name.startswith(_TORCH) or name.startswith("<frozen"):
