@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from mlpkit.errors import ArgumentError, DataError
 from mlpkit.tune import read_csv
@@ -166,6 +167,15 @@ def test_fingerprint_follows_values_and_names_not_the_way_they_came(tmp_path):
     assert of(frame) == of(again)
     assert of(frame) != of(frame.assign(a=frame["a"] + 1))
     assert of(frame) != fingerprint(frame[["a", "c"]], frame["y"].rename("z"))
+
+
+def test_arrays_dictionaries_lists_and_arrow_tables_are_tables():
+    import pyarrow
+
+    for table in (np.ones((3, 2)), [[1, "a"], [2, "b"]], torch.ones(3, 2)):
+        assert list(to_frame(table).columns) == ["x0", "x1"]
+    for table in ({"p": [1], "q": [2]}, pyarrow.table({"p": [1], "q": [2]})):
+        assert list(to_frame(table).columns) == ["p", "q"]
 
 
 # Target

@@ -67,14 +67,15 @@ def to_frame(X: Any) -> Any:
     pd = pandas()
     if isinstance(X, pd.DataFrame):
         frame = X.copy(deep=False)
+    elif hasattr(X, "to_pandas"):  # polars, pyarrow
+        frame = X.to_pandas()
+    elif isinstance(X, dict):
+        frame = pd.DataFrame(X)
     else:
-        values = X if isinstance(X, dict) else np.asarray(X) if not hasattr(X, "__dataframe__") else X
-        if isinstance(values, np.ndarray):
-            if values.ndim != 2:
-                raise ShapeError(f"X has shape {values.shape}; a table of rows and columns is wanted")
-            frame = pd.DataFrame(values, columns=[f"x{number}" for number in range(values.shape[1])])
-        else:
-            frame = pd.DataFrame(values)
+        values = np.asarray(X)
+        if values.ndim != 2:
+            raise ShapeError(f"X has shape {values.shape}; a table of rows and columns is wanted")
+        frame = pd.DataFrame(values, columns=[f"x{number}" for number in range(values.shape[1])])
     frame.columns = [str(name) for name in frame.columns]
     duplicates = frame.columns[frame.columns.duplicated()]
     if len(duplicates):
