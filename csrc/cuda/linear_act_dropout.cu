@@ -210,7 +210,7 @@ MLPKIT_DEVICE void write_sums(const Place<T>& place, C (&sums)[Place<T>::width],
 template <class T, class C, bool reads_z>
 MLPKIT_KERNEL(kThreads, kBackwardBlocks)
 backward(const ActDropoutBackward args, bool aligned, C* bias_sums, C* slope_sums, int64_t stride) {
-  constexpr int width = Place<T>::width, batch = kBatch < T, reads_z ? 8 : 16 > ;
+  constexpr int width = Place<T>::width, elements = reads_z ? 8 : 16, batch = kBatch<T, elements>;
   const Place<T> place(args.rows, args.cols, aligned);
   const int first_tile = place.row_block * kTilesASum;
   if (first_tile >= place.row_tiles) return;
