@@ -33,7 +33,7 @@ def tune_tables(args: argparse.Namespace) -> list[Path]:
     for name, (features, target) in tables.items():
         print(f"\n--- tune: {name}, {len(features)} rows, {features.shape[1]} columns")
         folder = args.out / name.split(" ")[0]
-        run = tune(features, target, budget=args.budget, random_state=0, out=folder)
+        run = tune(features, target, budget=args.budget, random_state=0, out=folder, overwrite=True)
         print("\n".join(f"  {verdict.text}" for verdict in run.verdicts))
         pages.append(folder / "report.html")
     return pages

@@ -126,7 +126,7 @@ def _check_slope(activation: str, slope: float | Tensor | None, weight: Tensor) 
             )
         if slope.dim() > 1 or slope.numel() not in (1, weight.shape[0]):
             raise ShapeError(
-                f"linear_act_dropout: slope has shape {tuple(slope.shape)}; it must have 1 or {weight.shape[0]} elements"
+                f"linear_act_dropout: slope has shape {tuple(slope.shape)}; it must have 1 or {weight.shape[0]} values"
             )
     elif isinstance(slope, Tensor):
         raise ArgumentError(

@@ -8,7 +8,7 @@
 namespace mlpkit::cpu {
 namespace {
 
-constexpr Capability kAll[] = {Capability::basic, Capability::avx2, Capability::avx512};
+constexpr Capability kAll[] = {Capability::basic, Capability::avx2, Capability::avx512, Capability::avx512_bf16};
 
 bool supported(Capability capability) {
 #if defined(__x86_64__)
@@ -20,6 +20,8 @@ bool supported(Capability capability) {
     case Capability::avx512:
       return supported(Capability::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Capability::avx512_bf16:
+      return supported(Capability::avx512) && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return capability == Capability::basic;
@@ -57,6 +59,8 @@ Capability capability() { return static_cast<Capability>(current().load(std::mem
 
 const char* capability_name(Capability capability) {
   switch (capability) {
+    case Capability::avx512_bf16:
+      return "avx512_bf16";
     case Capability::avx512:
       return "avx512";
     case Capability::avx2:

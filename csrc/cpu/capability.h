@@ -6,7 +6,7 @@
 
 namespace mlpkit::cpu {
 
-enum class Capability : int { basic, avx2, avx512 };
+enum class Capability : int { basic, avx2, avx512, avx512_bf16 };
 
 // The one in force. Throws std::invalid_argument when MLPKIT_CPU_CAPABILITY names an unknown or unsupported one.
 Capability capability();
@@ -35,6 +35,7 @@ void force_capability(const std::string& name);
   namespace cpu {                       \
   inline void name(const Args& args) {  \
     switch (capability()) {             \
+      case Capability::avx512_bf16:     \
       case Capability::avx512:          \
         return isa_avx512::name(args);  \
       case Capability::avx2:            \

@@ -1,6 +1,6 @@
 // A matrix product of one tile in fp32, for operands in float32, bfloat16 or float16 (cpu). Sums go by blocks along the
-// depth (256, or 32 where there are few rows or columns): a block is summed in registers and the blocks are added up, so
-// that no single fp32 chain grows long.
+// depth (256, or 32 where there are few rows or columns): a block is summed in registers and the blocks are added up,
+// so that no single fp32 chain grows long.
 #pragma once
 #include <cstddef>
 
@@ -31,3 +31,8 @@ constexpr size_t kGemmScratchBytes = sizeof(float) * (kGemmDepth * kGemmCols + k
 }  // namespace mlpkit
 
 MLPKIT_CPU_KERNEL(gemm_tile, GemmTile)
+
+namespace mlpkit::isa_avx512_bf16 {
+// Both operands bfloat16; for Capability::avx512_bf16 alone.
+void gemm_tile_of_pairs(const GemmTile&);
+}  // namespace mlpkit::isa_avx512_bf16

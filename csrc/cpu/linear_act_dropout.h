@@ -34,6 +34,7 @@ struct ActDropoutForward {  // y = act(z) * mask * scale,  z = product + bias
 struct ActDropoutBackward {  // dz = dy * mask * scale * act'(z)
   Region region;
   Dtype dtype;
+  Dtype dz_dtype;  // C, or bfloat16 where T is
   Activation activation;
   Dropout dropout;
   double negative_slope;
@@ -42,7 +43,7 @@ struct ActDropoutBackward {  // dz = dy * mask * scale * act'(z)
   const void* slope;     // as given to the forward pass
   const uint16_t* keep;  // as saved by the forward pass
   const uint16_t* positive;
-  void* dz;      // [total_rows, total_cols], C
+  void* dz;      // [total_rows, total_cols], dz_dtype
   void* dbias;   // [total_cols], C: the region's column sums of dz are added, or nullptr
   void* dslope;  // [total_cols], C: the region's column sums of dy * mask * scale * min(z, 0) are added, or nullptr
 };

@@ -182,7 +182,10 @@ void backward(const ActDropoutBackward& args) {
         dz.v[i] = dy.v[i] * factor;
         dbias.v[i] += dz.v[i];
       }
-      dz.write(at<C>(args.dz, element), tile.cols);
+      if (__is_same(T, BFloat16) && args.dz_dtype == Dtype::bfloat16)
+        dz.write(at<T>(args.dz, element), tile.cols);
+      else
+        dz.write(at<C>(args.dz, element), tile.cols);
     }
     const auto add = [&](void* sums, const Row<C>& part) __attribute__((always_inline)) {
       if (!sums) return;

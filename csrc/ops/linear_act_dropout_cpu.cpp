@@ -168,7 +168,10 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
   const bool want_dslope = needs[3] && slope.has_value();
   const at::Tensor absent = at::empty({0}, options);
 
-  at::Tensor dz = at::empty({op.rows, op.cols}, compute_options);
+  // Pairs of bfloat16 multiply at twice the rate; stock PyTorch rounds dz to bfloat16 too.
+  const bool pairs = op.dtype == Dtype::bfloat16 && prefers_bfloat16_pairs();
+  const Dtype dz_dtype = pairs ? Dtype::bfloat16 : op.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  at::Tensor dz = at::empty({op.rows, op.cols}, pairs ? options : compute_options);
   const int64_t row_blocks = ceil_div(op.rows, kTileRows);
   const auto partials = [&](bool wanted) {
     if (!wanted) return at::Tensor();
@@ -188,6 +191,7 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
     };
     cpu::act_dropout_backward({{block.row, block.rows, block.col, block.cols, op.cols},
                                op.dtype,
+                               dz_dtype,
                                op.activation,
                                dropout,
                                slopes.single,
@@ -202,7 +206,6 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
   });
 
   at::Tensor dx = absent, dweight = absent, dbias = absent, dslope = absent;
-  const Dtype dz_dtype = op.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
   if (needs[0]) {
     const at::Tensor weights = weight.contiguous();
     dx = at::empty(x.sizes(), options);

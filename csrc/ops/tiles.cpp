@@ -56,6 +56,8 @@ void each_block(const Tiling& tiling, const std::function<void(const Block&, voi
   });
 }
 
+bool prefers_bfloat16_pairs() { return cpu::capability() == cpu::Capability::avx512_bf16; }
+
 void multiply(const Operand& a, const Operand& b, int64_t depth, const Block& block, void* c, int64_t ldc) {
   const char* a_data = a.transposed ? at(a, 0, block.row) : at(a, block.row, 0);
   const char* b_data = b.transposed ? at(b, block.col, 0) : at(b, 0, block.col);
@@ -64,8 +66,14 @@ void multiply(const Operand& a, const Operand& b, int64_t depth, const Block& bl
     return gemm({at::kDouble, a.transposed, b.transposed, block.rows, block.cols, depth, a_data, a.stride, b_data,
                  b.stride, c, ldc});
   }
-  cpu::gemm_tile({a.dtype, b.dtype, a.transposed, b.transposed, block.rows, block.cols, depth, a_data, a.stride, b_data,
-                  b.stride, static_cast<float*>(c), ldc, workspace().gemm()});
+  const GemmTile tile{
+      a.dtype,  b.dtype, a.transposed, b.transposed,           block.rows, block.cols,        depth, a_data,
+      a.stride, b_data,  b.stride,     static_cast<float*>(c), ldc,        workspace().gemm()};
+#if defined(__x86_64__)
+  if (prefers_bfloat16_pairs() && a.dtype == Dtype::bfloat16 && b.dtype == Dtype::bfloat16)
+    return isa_avx512_bf16::gemm_tile_of_pairs(tile);
+#endif
+  cpu::gemm_tile(tile);
 }
 
 }  // namespace mlpkit

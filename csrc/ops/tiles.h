@@ -24,6 +24,9 @@ constexpr int64_t kTileRows = 256, kTileCols = 256;
 // alone, never by the number of threads, so every sum is the same for any of them.
 void each_block(const Tiling& tiling, const std::function<void(const Block&, void* scratch)>& body);
 
+// Whether a product of two bfloat16 operands is quicker than one with a float operand here.
+bool prefers_bfloat16_pairs();
+
 struct Operand {  // a matrix in memory, row-major
   Dtype dtype;
   const void* data;
