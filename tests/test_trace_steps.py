@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -138,3 +139,47 @@ def test_a_backward_overflow_of_the_fused_layer_is_mapped_to_its_module():
     found = tracer.diagnosis
     assert (found.op, found.phase, found.module, found.cause) == ("linear_act_dropout", "backward", "1", "overflow")
     assert found.node
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_history_holds_the_unscaled_loss_of_a_guarded_step(accumulate):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    step = TrainStep(model, "mse", optimizer, precision="fp16", accumulate=accumulate, init_scale=1024.0)
+    with Tracer() as tracer:
+        for _ in range(2 * accumulate):
+            step(torch.ones(2, 4), torch.full((2, 1), 3.0))
+    assert not step.records
+    losses = [value for _, value in tracer._observer.history.losses]
+    assert len(losses) == 2
+    assert all(1.0 < value < 100.0 for value in losses)
+
+
+def test_the_history_holds_the_unscaled_loss_of_a_gradient_scaler():
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu")
+    losses = []
+    with Tracer() as tracer:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = square(model, False)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+    assert [value for _, value in tracer._observer.history.losses] == losses
+
+
+def test_a_loss_that_only_its_scale_overflows_is_calibration():
+    def large(output, target):
+        return output.float().mean() + 1e33
+
+    model = nn.Linear(4, 1)
+    step = TrainStep(model, large, torch.optim.SGD(model.parameters(), 1e-3), precision="fp16", init_scale=2.0**24)
+    with Tracer() as tracer:
+        step(torch.ones(2, 4), torch.ones(2, 1))
+    assert step.records[0].where == "gradient"
+    assert tracer.diagnosis.verdict == "healthy"
+    assert {found.verdict for found in tracer.diagnoses} == {"benign"}
+    assert (tracer.diagnoses[0].phase, tracer.diagnoses[0].op) == ("optimizer", "mul")

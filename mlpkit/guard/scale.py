@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mlpkit.errors import ArgumentError
 
@@ -81,6 +82,13 @@ class LossScale:
 
     def __repr__(self) -> str:
         return f"LossScale({self.value:g}, floor={self.floor:g}, ceiling={self.ceiling:g})"
+
+
+def scaled(loss: Tensor, factor: float) -> Tensor:
+    """``loss * factor``, in fp32 at least: a half-precision loss would overflow. A trace knows scaling by this file."""
+    if factor == 1:
+        return loss
+    return (loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss) * factor
 
 
 def check_scale(what: str, value: object) -> float:

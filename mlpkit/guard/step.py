@@ -18,7 +18,7 @@ from mlpkit.guard.culprit import Evidence, forward_culprit, make_record, refuse_
 from mlpkit.guard.losses import Loss, own_loss, resolve
 from mlpkit.guard.record import SkipRecord, StepResult, Window
 from mlpkit.guard.replay import MicroBatch, random_state
-from mlpkit.guard.scale import LossScale, ScaleChange, check_scale
+from mlpkit.guard.scale import LossScale, ScaleChange, check_scale, scaled
 from mlpkit.guard.state import Buffers, OptimizerCopy, parameters_of, state_of
 
 
@@ -108,8 +108,7 @@ class TrainStep:
             with self._autocast():
                 output = call(self.model, inputs)
                 loss = checks.check_loss(own_loss(output) if self._loss is None else self._loss(output, target))
-            factor = self.scale / self.accumulate
-            (loss if factor == 1 else _wide(loss) * factor).backward()  # type: ignore[no-untyped-call]
+            scaled(loss, self.scale / self.accumulate).backward()  # type: ignore[no-untyped-call]
             self._live_buffers = self._buffers.checked()
         except BaseException:
             self._abandon()
@@ -270,8 +269,3 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-
-
-def _wide(loss: Tensor) -> Tensor:
-    # A half-precision loss would overflow when scaled.
-    return loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss

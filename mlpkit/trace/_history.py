@@ -68,8 +68,8 @@ class History:
         self.parameters.setdefault(name, deque([(-1, absmax)], maxlen=_RING))
 
     def loss(self, step: int, value: float) -> None:
-        """Note the loss of a step."""
-        _note(self.losses, step, abs(value))
+        """Note the magnitude of a step's loss."""
+        _note(self.losses, step, value)
 
     def of(self, record: OpRecord) -> list[tuple[int, float]]:
         """The ring of an operation's site."""

@@ -70,7 +70,7 @@ class Sinks:
             if not is_plain(root) or torch._C._functorch.is_functorch_wrapped_tensor(root):
                 continue  # inside torch.func a loss is a wrapper without a value of its own
             if root.numel() == 1:
-                self._history.loss(step, float(root.detach()))
+                self._history.loss(step, self._unscaled_loss(root))
             cell = self._bad_cell(root)
             if cell is None or cell.record is None or cell.record.incident is None:
                 continue
@@ -80,6 +80,16 @@ class Sinks:
             if incident.intended:
                 _blame_constant(record, incident)
             self.reach(record, "loss", "", record.place)
+
+    def _unscaled_loss(self, root: torch.Tensor) -> float:
+        """The magnitude of a loss before a loss scale multiplied it."""
+        cell = self._ledger.find(root)
+        record = cell.record if cell is not None else None
+        if record is None or record.place.phase != "optimizer":
+            return abs(float(root.detach()))
+        while record.place.phase == "optimizer" and record.parents:
+            record = record.parents[0]
+        return math.inf if record.value else record.absmax
 
     def backward_done(self) -> None:
         """A backward pass is over: remember the bad gradients it left, in case nobody clears or applies them."""

@@ -25,6 +25,7 @@ from mlpkit.trace._records import OpRecord, Place
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _GUARD = os.path.join(_OURS, "guard") + os.sep
+_SCALING = os.path.join(_GUARD, "scale.py")
 _SCALER_FILE = os.path.join(_TORCH, "amp", "grad_scaler.py")
 _UPDATE_FILES = (os.path.join(_TORCH, "optim"), os.path.join(_TORCH, "nn", "utils", "clip_grad.py"))
 _MOST_NODES = 1 << 17  # of forward operations that backward ones can be mapped to, per step
@@ -244,7 +245,7 @@ _sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: i
 def _kind_of_file(name: str) -> str:
     if name == _SCALER_FILE:
         return "scaler"
-    if name.startswith(_UPDATE_FILES):
+    if name == _SCALING or name.startswith(_UPDATE_FILES):
         return "update"
     if name.startswith(_TORCH) or name.startswith("<frozen"):
         return "torch"
