@@ -8,12 +8,25 @@
 #include "cpu/capability.h"
 #include "ops/gemm.h"
 #include "ops/linear_act_dropout.h"
+#include "ops/mlp.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of mlpkit.";
   m.def("linear_act_dropout", &mlpkit::linear_act_dropout, py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("slope"), py::arg("seed"), py::arg("activation"), py::arg("negative_slope"), py::arg("p"),
         py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "mlp",
+      [](const at::Tensor& x, const std::vector<at::Tensor>& weights,
+         const std::vector<std::optional<at::Tensor>>& biases, const std::vector<std::optional<at::Tensor>>& slopes,
+         const std::optional<at::Tensor>& seed, std::string_view activation, double negative_slope,
+         const std::vector<double>& p) {
+        const auto list = [](const auto& tensors) { return c10::List<std::optional<at::Tensor>>(tensors); };
+        return mlpkit::mlp(x, weights, list(biases), list(slopes), seed, activation, negative_slope, p);
+      },
+      py::arg("x"), py::arg("weights"), py::arg("biases"), py::arg("slopes"), py::arg("seed"), py::arg("activation"),
+      py::arg("negative_slope"), py::arg("p"), py::call_guard<py::gil_scoped_release>());
 
   m.def("cpu_capability", [] { return mlpkit::cpu::capability_name(mlpkit::cpu::capability()); });
   m.def("cpu_capabilities", &mlpkit::cpu::supported_capabilities);

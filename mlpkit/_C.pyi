@@ -11,6 +11,16 @@ def linear_act_dropout(
     p: float,
     stream: int,
 ) -> Tensor: ...
+def mlp(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    slopes: list[Tensor | None],
+    seed: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    p: list[float],
+) -> Tensor: ...
 def cpu_capability() -> str: ...
 def cpu_capabilities() -> list[str]: ...
 def force_cpu_capability(name: str) -> None: ...

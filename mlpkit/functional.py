@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mlpkit.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from mlpkit.ops import mlp as _mlp
 from mlpkit.ops.linear_act_dropout import ACTIVATIONS, dispatched, eager
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -61,6 +64,94 @@ def linear_act_dropout(
         # The native checks are quick; these name the argument in the user's words.
         _check(x, weight, bias, activation, slope, p, seed, stream)
         raise
+
+
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    activation: str = "relu",
+    slope: float | Tensor | Sequence[Tensor] | None = None,
+    p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Same as ``linear_act_dropout`` layer after layer and a linear last layer, as one autograd node each way.
+
+    x: (..., in_features); weights: one (out_features, in_features) a layer, each taking what the one before gives;
+    biases: one or none a layer; returns (..., out_features of the last). activation, slope and p belong to the hidden
+    layers: slope a float (leaky_relu), or prelu's tensor, one for all or one a hidden layer; p a number or one a hidden
+    layer. One seed serves the network, layer i drawing its mask from stream i. Values, gradients and masks are bit for
+    bit those of the layers called one by one. Errors as ``linear_act_dropout``'s, plus ArgumentError for counts that do
+    not fit. Differentiable once.
+    """
+    hidden = len(weights) - 1
+    probabilities = [float(p)] * hidden if isinstance(p, (int, float)) else [float(value) for value in p]
+    given = list(biases) if biases is not None else [None] * len(weights)
+    slopes = _slopes(slope, hidden)
+    _check_counts(hidden, given, slopes, probabilities)
+    if not training:
+        probabilities = [0.0] * hidden
+    if slope is not None and activation not in ("leaky_relu", "prelu"):
+        _check_layers(x, weights, given, slopes, slope, activation, probabilities, seed)
+    negative_slope = float(slope) if isinstance(slope, (int, float)) else DEFAULT_NEGATIVE_SLOPE
+    call = _mlp.dispatched if torch.compiler.is_compiling() else _mlp.eager
+    try:
+        drawn = _seed(seed, x) if any(value > 0.0 for value in probabilities) else None
+        result: Tensor = call(
+            x, list(weights), given, [*slopes, None], drawn, activation, negative_slope, probabilities
+        )
+    except Exception:
+        _check_layers(x, weights, given, slopes, slope, activation, probabilities, seed)
+        raise
+    return result
+
+
+def _slopes(slope: float | Tensor | Sequence[Tensor] | None, hidden: int) -> list[Tensor | None]:
+    if isinstance(slope, Tensor):
+        return [slope] * hidden
+    return [None] * hidden if slope is None or isinstance(slope, (int, float)) else list(slope)
+
+
+def _check_counts(
+    hidden: int, biases: Sequence[Tensor | None], slopes: Sequence[Tensor | None], probabilities: Sequence[float]
+) -> None:
+    if hidden < 0:
+        raise ArgumentError("mlp: weights is empty; it must hold one weight for each layer")
+    if len(biases) != hidden + 1:
+        raise ArgumentError(f"mlp: biases has {len(biases)} entries; it must have one for each of {hidden + 1} weights")
+    for name, values in (("slope", slopes), ("p", probabilities)):
+        if len(values) != hidden:
+            raise ArgumentError(
+                f"mlp: {name} has {len(values)} entries; it must have one for each of {hidden} hidden layers"
+            )
+    for value in probabilities:
+        if not 0.0 <= value <= 1.0:
+            raise ArgumentError(f"mlp: p is {value}; it must lie in [0, 1]")
+
+
+def _check_layers(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    slopes: Sequence[Tensor | None],
+    slope: float | Tensor | Sequence[Tensor] | None,
+    activation: str,
+    probabilities: Sequence[float],
+    seed: int | Tensor | None,
+) -> None:
+    """Raise what the first layer that does not fit would raise, saying which layer it is."""
+    given = x
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        hidden = layer < len(slopes)
+        own = slopes[layer] if hidden else None
+        wanted = own if own is not None or not isinstance(slope, (int, float)) or not hidden else slope
+        try:
+            _check(given, weight, bias, activation if hidden else "identity", wanted, 0.0, seed, layer)
+        except (ArgumentError, DeviceError, DtypeError, ShapeError) as error:
+            raise type(error)(f"mlp: layer {layer}: {error}") from None
+        given = given.new_empty(1, weight.shape[0])
 
 
 def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor:

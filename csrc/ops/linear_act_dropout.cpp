@@ -130,40 +130,38 @@ LinearActDropout check_linear_act_dropout_backward(const at::Tensor& dy, const a
   return op;
 }
 
-namespace {
-
-using Signature = at::Tensor(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                             const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
-                             double negative_slope, double p, int64_t stream);
-using ForwardSignature = ForwardResult(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                                       const OptionalTensor& slope, const OptionalTensor& seed,
-                                       std::string_view activation, double negative_slope, double p, int64_t stream,
-                                       bool save);
-using BackwardSignature = BackwardResult(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                                         const OptionalTensor& slope, const at::Tensor& z, const at::Tensor& bits,
-                                         std::string_view activation, double negative_slope, double p,
-                                         std::array<bool, 4> needs);
-
-const auto& forward_op() {
+ForwardResult linear_act_dropout_forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                         const OptionalTensor& slope, const OptionalTensor& seed,
+                                         std::string_view activation, double negative_slope, double p, int64_t stream,
+                                         bool save) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mlpkit::linear_act_dropout_forward", "")
-                             .typed<ForwardSignature>();
-  return op;
-}
-const auto& backward_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mlpkit::linear_act_dropout_backward", "")
-                             .typed<BackwardSignature>();
-  return op;
+                             .typed<decltype(linear_act_dropout_forward)>();
+  return op.call(x, weight, bias, slope, seed, activation, negative_slope, p, stream, save);
 }
 
-OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-at::Tensor undefined_if_absent(const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); }
+BackwardResult linear_act_dropout_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                           const OptionalTensor& slope, const at::Tensor& z, const at::Tensor& bits,
+                                           std::string_view activation, double negative_slope, double p,
+                                           std::array<bool, 4> needs) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mlpkit::linear_act_dropout_backward", "")
+                             .typed<decltype(linear_act_dropout_backward)>();
+  return op.call(dy, x, weight, slope, z, bits, activation, negative_slope, p, needs);
+}
+
+void refuse_tangent(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor.defined() || !tensor._fw_grad(0).defined(), op, ": ", name,
+                              " carries a forward-mode tangent; forward-mode differentiation is not implemented");
+}
+
+namespace {
 
 at::Tensor inference(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
                      double negative_slope, double p, int64_t stream) {
-  return std::get<0>(forward_op().call(x, weight, bias, slope, seed, activation, negative_slope, p, stream, false));
+  return std::get<0>(
+      linear_act_dropout_forward(x, weight, bias, slope, seed, activation, negative_slope, p, stream, false));
 }
 
 struct Node : torch::autograd::Function<Node> {
@@ -171,7 +169,8 @@ struct Node : torch::autograd::Function<Node> {
                             const OptionalTensor& bias, const OptionalTensor& slope, const OptionalTensor& seed,
                             const std::string& activation, double negative_slope, double p, int64_t stream) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, z, bits] = forward_op().call(x, weight, bias, slope, seed, activation, negative_slope, p, stream, true);
+    auto [y, z, bits] =
+        linear_act_dropout_forward(x, weight, bias, slope, seed, activation, negative_slope, p, stream, true);
     ctx->save_for_backward({x, weight, undefined_if_absent(slope), z, bits});
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["activation"] = activation;
@@ -188,10 +187,10 @@ struct Node : torch::autograd::Function<Node> {
     const std::array<bool, 4> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                        has_bias && ctx->needs_input_grad(2),
                                        has_slope && ctx->needs_input_grad(has_bias ? 3 : 2)};
-    auto [dx, dweight, dbias, dslope] =
-        backward_op().call(grads[0], saved[0], saved[1], optional(saved[2]), saved[3], saved[4],
-                           ctx->saved_data["activation"].toStringRef(), ctx->saved_data["negative_slope"].toDouble(),
-                           ctx->saved_data["p"].toDouble(), needs);
+    auto [dx, dweight, dbias, dslope] = linear_act_dropout_backward(
+        grads[0], saved[0], saved[1], optional(saved[2]), saved[3], saved[4],
+        ctx->saved_data["activation"].toStringRef(), ctx->saved_data["negative_slope"].toDouble(),
+        ctx->saved_data["p"].toDouble(), needs);
     const auto asked = [&](int i, const at::Tensor& grad) { return needs[i] ? grad : at::Tensor(); };
     torch::autograd::variable_list result(9);
     result[0] = asked(0, dx);
@@ -202,21 +201,16 @@ struct Node : torch::autograd::Function<Node> {
   }
 };
 
-void refuse_tangent(const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor.defined() || !tensor._fw_grad(0).defined(), "linear_act_dropout: ", name,
-                              " carries a forward-mode tangent; forward-mode differentiation is not implemented");
-}
-
 bool requires_grad(const at::Tensor& tensor) { return tensor.requires_grad(); }
 bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
 
 at::Tensor autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                     const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
                     double negative_slope, double p, int64_t stream) {
-  refuse_tangent("x", x);
-  refuse_tangent("weight", weight);
-  refuse_tangent("bias", undefined_if_absent(bias));
-  refuse_tangent("slope", undefined_if_absent(slope));
+  refuse_tangent("linear_act_dropout", "x", x);
+  refuse_tangent("linear_act_dropout", "weight", weight);
+  refuse_tangent("linear_act_dropout", "bias", undefined_if_absent(bias));
+  refuse_tangent("linear_act_dropout", "slope", undefined_if_absent(slope));
   if (at::GradMode::is_enabled() &&
       (requires_grad(x) || requires_grad(weight) || requires_grad(bias) || requires_grad(slope)))
     return Node::apply(x, weight, bias, slope, seed, std::string(activation), negative_slope, p, stream);
@@ -234,7 +228,7 @@ struct BackwardNode : torch::autograd::Function<BackwardNode> {
                                                 double negative_slope, double p, std::array<bool, 4> needs) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [dx, dweight, dbias, dslope] =
-        backward_op().call(dy, x, weight, slope, z, bits, activation, negative_slope, p, needs);
+        linear_act_dropout_backward(dy, x, weight, slope, z, bits, activation, negative_slope, p, needs);
     return {dx, dweight, dbias, dslope};
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
@@ -255,7 +249,7 @@ BackwardResult backward_autograd(const at::Tensor& dy, const at::Tensor& x, cons
     return {grads[0], grads[1], grads[2], grads[3]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return backward_op().call(dy, x, weight, slope, z, bits, activation, negative_slope, p, needs);
+  return linear_act_dropout_backward(dy, x, weight, slope, z, bits, activation, negative_slope, p, needs);
 }
 
 }  // namespace
@@ -263,8 +257,9 @@ BackwardResult backward_autograd(const at::Tensor& dy, const at::Tensor& x, cons
 at::Tensor linear_act_dropout(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                               const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
                               double negative_slope, double p, int64_t stream) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mlpkit::linear_act_dropout", "").typed<Signature>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mlpkit::linear_act_dropout", "")
+                             .typed<decltype(linear_act_dropout)>();
   return op.call(x, weight, bias, slope, seed, activation, negative_slope, p, stream);
 }
 

@@ -51,6 +51,25 @@ at::Tensor linear_act_dropout(const at::Tensor& x, const at::Tensor& weight, con
                               const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
                               double negative_slope, double p, int64_t stream);
 
+// Its two halves, through the dispatcher too.
+ForwardResult linear_act_dropout_forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                         const OptionalTensor& slope, const OptionalTensor& seed,
+                                         std::string_view activation, double negative_slope, double p, int64_t stream,
+                                         bool save);
+BackwardResult linear_act_dropout_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                           const OptionalTensor& slope, const at::Tensor& z, const at::Tensor& bits,
+                                           std::string_view activation, double negative_slope, double p,
+                                           std::array<bool, 4> needs);
+
+// Raises NotImplementedError where a tensor carries a forward-mode tangent: dropping it in silence would be a wrong
+// zero.
+void refuse_tangent(const char* op, const char* name, const at::Tensor& tensor);
+
+inline OptionalTensor optional(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+inline at::Tensor undefined_if_absent(const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); }
+
 // sizes of x with the last one replaced by cols
 std::vector<int64_t> output_sizes(const at::Tensor& x, int64_t cols);
 

@@ -71,17 +71,18 @@ def _backward_fake(
     )
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | None, *rest: Any) -> Tensor:
+def cast_like_linear(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """As ``torch.nn.functional.linear`` under autocast: floating arguments but fp64 take the context's dtype."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, slope: Tensor | None, *rest: Any) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device)
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        wanted = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if wanted and tensor is not None else tensor
-
     with torch.autocast(device, enabled=False):
-        result: Tensor = dispatched(cast(x), cast(weight), cast(bias), cast(slope), *rest)
+        result: Tensor = dispatched(*(cast_like_linear(tensor, dtype) for tensor in (x, weight, bias, slope)), *rest)
     return result
 
 
