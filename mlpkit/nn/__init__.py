@@ -1,0 +1,9 @@
+"""Modules on the fused op: one layer, a whole multi-layer perceptron, and what one does with a network of them.
+
+Layer: above functional and init, below guard and tune.
+"""
+
+from mlpkit.nn.layers import ACTIVATIONS, FusedLinear
+from mlpkit.nn.mlp import MLP
+
+__all__ = ["ACTIVATIONS", "MLP", "FusedLinear"]
