@@ -45,8 +45,10 @@ def build(cmake: str) -> int:
 
 
 def _capability() -> tuple[int, int]:
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        sys.exit(f"make gpu: {sys.executable} has no torch; name one that has with PYTHON=...")
     if not torch.cuda.is_available():
         sys.exit("make gpu: torch sees no CUDA device here; run it on a machine with one")
     return torch.cuda.get_device_capability()
