@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlpkit.errors import ArgumentError, MissingExtraError
-from mlpkit.report import Code, Fact, Figure, Html, Notes, Section, Table, Text, render_page, write_page
+from mlpkit.report import Code, Fact, Figure, Html, Notes, Section, Table, Text, render_page, write_whole
 
 FIGURE = Figure(
     "Loss",
@@ -145,17 +145,17 @@ def test_unknown_tone_lists_the_known_ones():
         page_of(tone="great")
 
 
-def test_write_page_leaves_no_other_file(tmp_path):
-    written = write_page(tmp_path / "sub" / "report.html", "<p>one</p>")
-    write_page(written, "<p>two</p>")
+def test_write_whole_leaves_no_other_file(tmp_path):
+    written = write_whole(tmp_path / "sub" / "report.html", "<p>one</p>")
+    write_whole(written, "<p>two</p>")
     assert written.read_text() == "<p>two</p>"
     assert [item.name for item in written.parent.iterdir()] == ["report.html"]
 
 
 def test_failed_write_leaves_the_old_page(tmp_path):
-    path = write_page(tmp_path / "report.html", "old")
+    path = write_whole(tmp_path / "report.html", "old")
     with pytest.raises(UnicodeEncodeError):
-        write_page(path, "\ud800")
+        write_whole(path, "\ud800")
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
 

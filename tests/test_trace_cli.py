@@ -166,8 +166,26 @@ def test_a_missing_extra_is_said_and_the_diagnosis_is_still_written(folder, monk
     assert not (folder / "report.html").exists()
 
 
-def test_an_out_that_is_a_file_is_refused_before_the_script_runs(folder):
+def test_reports_go_where_they_were_asked_for_though_the_script_changes_directory(folder):
+    write(folder, "moves.py", f"import os\nos.mkdir('away')\nos.chdir('away')\n{HEALTHY}")
+    assert trace("--out", "out", "moves.py").exit_code == 0
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["diagnosis.json", "report.html"]
+    assert list((folder / "away").iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["fine.py", "fine.py/deep/er"])
+def test_an_out_that_is_a_file_or_lies_below_one_is_refused_before_the_script_runs(folder, out):
     write(folder, "fine.py", "print('ran')")
-    result = trace("--out", "fine.py", "fine.py")
-    assert result.exit_code == 2
-    assert "ran" not in result.stdout
+    result = run(*MLPKIT, "trace", "--out", out, "fine.py")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "mlpkit: trace: --out: fine.py is a file; a folder is wanted\n"
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence_after_the_diagnosis(folder):
+    write(folder, "fine.py", HEALTHY)
+    (folder / "report.html" / "taken").mkdir(parents=True)
+    result = run(*MLPKIT, "trace", "fine.py")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[0].startswith("mlpkit: No failure in 1 step")
+    assert result.stderr.splitlines()[1:] == [f"mlpkit: cannot write {folder / 'report.html'}: Is a directory"]
+    assert sorted(path.name for path in folder.iterdir()) == ["diagnosis.json", "fine.py", "report.html"]

@@ -369,7 +369,7 @@ def test_unusable_out_is_refused_before_any_training(tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("x")
     with pytest.raises(ArgumentError, match=r"exists and is a file"):
         tune(line_table(40), "y", out=tmp_path / "taken", progress=False)
-    with pytest.raises(ArgumentError, match="is a file, so"):
+    with pytest.raises(ArgumentError, match="taken is a file; a folder is wanted"):
         tune(line_table(40), "y", out=tmp_path / "taken" / "run", progress=False)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mlpkit.report._files import write_whole
 from mlpkit.report.blocks import Block, Code, Fact, Figure, Html, Notes, Section, Table, Text
-from mlpkit.report.page import render_page, write_page
+from mlpkit.report.page import render_page
 
 __all__ = [
     "Block",
@@ -16,5 +17,5 @@ __all__ = [
     "Table",
     "Text",
     "render_page",
-    "write_page",
+    "write_whole",
 ]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 from mlpkit.errors import ArgumentError
@@ -48,7 +45,7 @@ def render_page(
             verdict=["addmm overflowed.", "The step was skipped.", "24 parameters were saved."], tone="bad",
             sections=[Section("Chain", [Table(["step", "op"], [[137, "addmm"]])])],
         )
-        write_page("report.html", page)
+        write_whole("report.html", page)
 
     Raises MissingExtraError without jinja2 (or plotly, where there is a figure), ArgumentError for an unknown tone.
     """
@@ -77,22 +74,6 @@ def render_page(
         plotly_js=_plotly_js() if figures else "",
     )
     return page
-
-
-def write_page(path: str | os.PathLike[str], page: str) -> Path:
-    """Write ``page`` to ``path`` whole or not at all: a temporary file beside it, then a rename."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(page)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return target
 
 
 def _resource(name: str) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from mlpkit.errors import ArgumentError
+from mlpkit.errors import MissingExtraError
+from mlpkit.report._files import check_folder
 from mlpkit.trace._runner import run
 
 
@@ -17,7 +18,7 @@ from mlpkit.trace._runner import run
 @click.option("-m", "module", is_flag=True, help="SCRIPT is a module's name, as in python -m.")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     default=Path("."),
     show_default="the current folder",
     help="Where diagnosis.json and report.html go.",
@@ -38,11 +39,18 @@ def trace(module: bool, out: Path, level: str, fail_on: str, script: str, argume
     Options come before SCRIPT; all that follows it is the script's own. The exit code is the script's own, or 3
     with --fail-on failure when a failure was found.
     """
-    if out.exists() and not out.is_dir():
-        raise ArgumentError(f"trace: --out {str(out)!r} is a file, must be a folder")
-    outcome = run(script, arguments, module=module, out=out)
+    check_folder(out, "trace: --out")
+    # The program may change directory; what was asked for is meant from here.
+    folder = Path.cwd() / out
+    outcome = run(script, arguments, module=module, level=level)
     diagnosis = outcome.tracer.diagnosis
     click.echo(f"mlpkit: {diagnosis.sentence}", err=True)
-    click.echo(f"mlpkit: {outcome.report or outcome.note}; {outcome.diagnosis}", err=True)
+    outcome.tracer.write_json(folder / "diagnosis.json")
+    try:
+        outcome.tracer.report(folder / "report.html")
+        report = str(out / "report.html")
+    except MissingExtraError as error:
+        report = str(error)
+    click.echo(f"mlpkit: {report}; {out / 'diagnosis.json'}", err=True)
     failed = fail_on == "failure" and diagnosis.verdict == "failure"
     sys.exit(3 if failed else outcome.code)

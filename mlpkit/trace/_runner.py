@@ -1,4 +1,4 @@
-"""Runs a script or module as python would run it, under a tracer; writes diagnosis.json and report.html afterwards."""
+"""Runs a script or module as python would run it, under a tracer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from types import ModuleType, TracebackType
 
 import torch
 
-from mlpkit.errors import DataError, MissingExtraError
+from mlpkit.errors import DataError
 from mlpkit.trace._tracer import Tracer
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -32,21 +32,19 @@ class Outcome:
 
     code: int
     tracer: Tracer
-    diagnosis: Path
-    report: Path | None
-    note: str = ""
 
 
-def run(target: str, arguments: Sequence[str], *, module: bool, out: Path) -> Outcome:
+def run(target: str, arguments: Sequence[str], *, module: bool, level: str) -> Outcome:
     """Run ``target`` (a path, or a module's name) as ``__main__``; the exit code is the program's own.
 
     Raises DataError when there is no such script or module.
     """
     program = _module(target) if module else _script(target)
-    tracer = Tracer()
+    tracer = Tracer(level=level)
     with _as_main(target, arguments, module=module):
         code = _guarded(program, tracer)
-    return _written(code, tracer, out)
+    sys.stdout.flush()
+    return Outcome(code, tracer)
 
 
 def _script(target: str) -> Callable[[], object]:
@@ -155,14 +153,3 @@ def _own_frames(trace: TracebackType | None) -> TracebackType | None:
     for entry in reversed(kept):
         chain = TracebackType(chain, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
     return chain
-
-
-def _written(code: int, tracer: Tracer, out: Path) -> Outcome:
-    diagnosis = tracer.write_json(out / "diagnosis.json")
-    try:
-        report: Path | None = tracer.report(out / "report.html")
-        note = ""
-    except MissingExtraError as error:
-        report, note = None, str(error)
-    sys.stdout.flush()
-    return Outcome(code, tracer, diagnosis, report, note)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ import torch
 
 from mlpkit import _events
 from mlpkit.errors import ArgumentError
+from mlpkit.report import write_whole
 from mlpkit.trace._diagnosis import Diagnosis, diagnose, healthy
 from mlpkit.trace._intercept import Interceptor, tensors_in
 from mlpkit.trace._observer import Observer
@@ -121,15 +121,14 @@ class Tracer:
         }
 
     def write_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``diagnosis.json`` whole or not at all."""
-        return _write_whole(Path(path), json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        """Write ``diagnosis.json`` whole or not at all; raises OutputError where it cannot be written."""
+        return write_whole(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as one HTML page; raises MissingExtraError without the ``report`` extra."""
-        from mlpkit.report import write_page
         from mlpkit.trace._page import page
 
-        return write_page(path, page(self, self._observer.history))
+        return write_whole(path, page(self, self._observer.history))
 
     # What the program tells about itself.
 
@@ -178,17 +177,3 @@ class Tracer:
         if event.get("skipped"):
             self._observer.sinks.skipped(event, self._where.step)
         self._where.ended = True
-
-
-def _write_whole(target: Path, text: str) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return target

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +72,7 @@ def tune(
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="CSV file to write [default: print].")
 def predict(run: Path, table: Path, out: Path | None) -> None:
     """Predict every row of TABLE with the model in the directory RUN; classes come with probabilities."""
+    from mlpkit.report import write_whole
     from mlpkit.tune.model import TunedModel
     from mlpkit.tune.table import read_csv
 
@@ -84,15 +83,7 @@ def predict(run: Path, table: Path, out: Path | None) -> None:
     if out is None:
         click.echo(text, nl=False)
         return
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.absolute().parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, out)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(out, text)
     click.echo(f"{out}: {text.count(chr(10)) - 1} rows", err=True)
 
 

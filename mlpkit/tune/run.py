@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from mlpkit.report import write_page
+from mlpkit.report import write_whole
 from mlpkit.tune import rundir
 from mlpkit.tune.folds import Fold
 from mlpkit.tune.ladder import Climb, Trial
@@ -63,7 +63,7 @@ class Run:
         """Write the report as one HTML file that works offline."""
         from mlpkit.tune.page import render
 
-        return write_page(path, render(self))
+        return write_whole(path, render(self))
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write report.html, report.json, model.safetensors and model.json: all of them or, on an error, nothing.

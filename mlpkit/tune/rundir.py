@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlpkit.errors import ArgumentError
+from mlpkit.report._files import check_folder, writing
 
 _MARK = "report.json"
 
@@ -23,13 +24,8 @@ def check(out: str | os.PathLike[str], overwrite: bool) -> Path:
             raise ArgumentError(f"out: {path} exists and holds other files; choose another directory")
         if not overwrite:
             raise ArgumentError(f"out: {path} holds an earlier run; choose another directory or ask to overwrite it")
-    for parent in path.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise ArgumentError(f"out: {parent} is a file, so {path} cannot be made")
-            if not os.access(parent, os.W_OK):
-                raise ArgumentError(f"out: no permission to write in {parent}")
-            break
+    # A run replaces its directory, so what must be writable is the folder around it.
+    check_folder(path.parent, "out")
     return path
 
 
@@ -45,6 +41,11 @@ def free_name(stem: str) -> Path:
 def write(path: Path, overwrite: bool, fill: Callable[[Path], None]) -> None:
     """Let ``fill`` write into a temporary directory beside ``path``, then rename it; nothing is left if it fails."""
     check(path, overwrite)
+    with writing(path):
+        _write(path, fill)
+
+
+def _write(path: Path, fill: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
