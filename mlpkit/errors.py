@@ -27,6 +27,10 @@ class DataError(MlpkitError, ValueError):
     """A table, file or dataset cannot be used as it is."""
 
 
+class OutputError(MlpkitError, OSError):
+    """A file or folder cannot be written."""
+
+
 class BuildError(MlpkitError, ImportError):
     """The native extension is missing or was built for another torch."""
 
