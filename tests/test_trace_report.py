@@ -106,8 +106,25 @@ def test_a_healthy_page_says_so(tmp_path):
     with Tracer() as tracer:
         nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()
     page = tracer.report(tmp_path / "report.html").read_text()
-    assert "Nothing went wrong" in page
+    assert "<h1>No NaN or Inf that mattered</h1>" in page
     assert "No failure in 1 step" in page
+    assert "ended with" not in page
+
+
+def test_an_exception_is_told_where_the_numbers_were_fine(tmp_path):
+    tracer = Tracer()
+    with pytest.raises(RuntimeError), tracer:
+        nn.Linear(2, 2)(torch.ones(1, 2))
+        raise RuntimeError("unrelated")
+    assert tracer.diagnosis.sentence.endswith("returned value. The program ended with RuntimeError.")
+    assert tracer.to_dict()["raised"] == "RuntimeError"
+    assert "The program ended with RuntimeError; its own" in tracer.report(tmp_path / "report.html").read_text()
+
+
+def test_a_program_without_operations_is_not_praised():
+    with Tracer() as tracer:
+        pass
+    assert tracer.diagnosis.sentence == "Nothing to check: no operation on floating-point tensors was seen."
 
 
 def test_without_the_extra_the_report_names_the_pip_line(failed, tmp_path, monkeypatch):

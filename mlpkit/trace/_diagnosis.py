@@ -45,13 +45,17 @@ class Diagnosis:
         return self.sentence
 
 
-def healthy(steps: int, operations: int) -> Diagnosis:
-    """The verdict of a run in which nothing went wrong."""
+def healthy(steps: int, operations: int, raised: str | None = None) -> Diagnosis:
+    """The verdict of a run in which no NaN or Inf mattered; raised: the exception that ended it, by name."""
     count = "1 step" if steps == 1 else f"{steps} steps"
     sentence = (
         f"No failure in {count}: in {operations} operations no NaN or Inf reached a loss, parameter, optimizer state, "
         "buffer or returned value."
+        if operations
+        else "Nothing to check: no operation on floating-point tensors was seen."
     )
+    if raised:
+        sentence += f" The program ended with {raised}."
     return Diagnosis("healthy", sentence, evidence={"steps": steps, "operations": operations})
 
 

@@ -56,15 +56,21 @@ def page(tracer: Tracer, history: History) -> str:
     sections.append(Section("Environment", [_environment(tracer)]))
     return render_page(
         kind="mlpkit trace",
-        title="What went wrong, and why" if bad else "Nothing went wrong",
+        title="What went wrong, and why" if bad else "No NaN or Inf that mattered",
         lead=first.sentence,
-        verdict=_verdict(first) if bad else ["Every value that counts stayed finite."],
-        tone="bad" if bad else "good",
+        verdict=_verdict(first) if bad else _all_clear(tracer),
+        tone="bad" if bad else "notice" if tracer.raised else "good",
         facts=_facts(first, tracer),
         sections=sections,
         data=tracer.to_dict(),
         footer="NaN and Inf are followed through every operation that ran under the tracer.",
     )
+
+
+def _all_clear(tracer: Tracer) -> list[str]:
+    seen = "Every value that counts stayed finite." if tracer.operations else "There was nothing to check."
+    ended = f"The program ended with {tracer.raised}; its own traceback says where."
+    return [seen, ended] if tracer.raised else [seen]
 
 
 def _verdict(first: Diagnosis) -> list[str]:

@@ -44,6 +44,7 @@ class Tracer:
         self._observer = Observer(self._where)
         self._interceptor: Interceptor | None = None
         self._unsubscribe: Any = None
+        self.raised: str | None = None  # the exception that ended the block, by name
         self._stepped = False
         self._known_states = -1
         where = self._where
@@ -70,6 +71,8 @@ class Tracer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._interceptor is not None
+        # A SystemExit is an ending that a program chose.
+        self.raised = kind.__name__ if kind is not None and not issubclass(kind, SystemExit) else None
         self._interceptor.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         self._where.close()
         self._unsubscribe()
@@ -97,7 +100,7 @@ class Tracer:
     def diagnosis(self) -> Diagnosis:
         """The first failure, or the healthy verdict."""
         failures = [found for found in self.diagnoses if found.verdict == "failure"]
-        return failures[0] if failures else healthy(self.steps, self._observer.operations)
+        return failures[0] if failures else healthy(self.steps, self._observer.operations, self.raised)
 
     @property
     def diagnoses(self) -> list[Diagnosis]:
@@ -117,6 +120,7 @@ class Tracer:
             "diagnoses": [found.to_dict() for found in self.diagnoses],
             "steps": self.steps,
             "operations": self._observer.operations,
+            "raised": self.raised,
             "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
         }
 
