@@ -43,6 +43,7 @@ def task_of(values):
         (b"\n\n", "is empty"),
         (b"a,b\n", "has a header line but no rows"),
         (b"a,b\n1,2\n1,2,3,4\n", "no regular CSV"),
+        (b"a,b\n0,1,2\n1,3,4\n", "rows have more cells than its header has names"),
         (b"a,b\n\xff\xfe,1\n", "not UTF-8"),
         (b"\xff\xfe", "not UTF-8"),
     ],
@@ -72,6 +73,12 @@ def test_usual_separators_a_byte_order_mark_and_question_marks_are_read(tmp_path
     assert list(frame.columns) == ["a", "b"]
     assert frame["a"].tolist()[0] == 1.0
     assert frame.isna().sum().tolist() == [1, 1]
+
+
+def test_a_separator_at_the_end_of_each_row_is_no_column(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n1,2,\n3,4,\n")
+    assert read_csv(path).to_dict("list") == {"a": [1, 3], "b": [2, 4]}
 
 
 # Columns
@@ -205,6 +212,9 @@ def test_rows_without_a_target_are_left_out_with_a_note():
     assert "5 rows have no target and were left out" in problem.notes
 
 
+WITH_TEXT = [str(1.5 * number) for number in range(7)] + ["abc"] + [str(1.5 * number) for number in range(7, ROWS - 1)]
+
+
 @pytest.mark.parametrize(
     ("values", "task", "words"),
     [
@@ -212,15 +222,26 @@ def test_rows_without_a_target_are_left_out_with_a_note():
         ([3.5] * ROWS, "regression", r"only one value \(3\.5\)"),
         ([f"name {number}" for number in range(ROWS)], "auto", "40 different values in 40 rows: too many for classes"),
         (np.linspace(0, 1, ROWS), "classification", "too many for classes; use the task regression"),
-        (["a", "b"] * (ROWS // 2), "regression", "must hold numbers for a regression, but holds 'a'"),
+        (["a", "b"] * (ROWS // 2), "regression", r"must hold numbers, but data row 1 holds 'a' \(and 39 more rows\)"),
+        (WITH_TEXT, "auto", "must hold numbers, but data row 8 holds 'abc'; if the values are classes, give the task"),
+        (WITH_TEXT, "regression", "target 'y' must hold numbers, but data row 8 holds 'abc'$"),
+        (pd.Categorical(["1", "2"] * (ROWS // 2)), "regression", "must hold numbers for a regression, but holds categ"),
         (["a"] * (ROWS - 2) + ["b"] * 2, "auto", "class 'b' of target 'y' has 2 rows, but 5 folds need 5"),
-        ([np.inf] + [0.5] * (ROWS - 1), "regression", "holds infinity"),
-        ([np.nan] * ROWS, "auto", "0 rows with a target are too few"),
+        ([np.inf] + [0.5] * (ROWS - 1), "regression", "'y' holds infinity in data row 1"),
+        ([np.nan] * ROWS, "auto", "target 'y' is empty: no row has a value"),
     ],
 )
 def test_target_that_cannot_be_learnt_is_one_sentence(values, task, words):
     with pytest.raises(DataError, match=words):
         problem_of(frame_with(y=values), task)
+
+
+def test_one_text_among_repeated_numbers_makes_no_classes_of_them():
+    values = ["unknown" if row == 5 else str(100 * (row % 25)) for row in range(200)]
+    frame = pd.DataFrame({"a": np.arange(200.0), "y": values})
+    with pytest.raises(DataError, match="'y' must hold numbers, but data row 6 holds 'unknown'"):
+        problem_of(frame)
+    assert problem_of(frame, "classification").target.task == "classification"
 
 
 def test_three_rows_are_too_few():

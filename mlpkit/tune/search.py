@@ -197,7 +197,8 @@ def _parameters(in_features: int, hidden: Hidden, out_features: int) -> int:
 def _opening(problem: Problem, cv: int, seed: int) -> str:
     target = problem.target
     what = f"{len(target.classes)} classes" if target.task == "classification" else "a regression"
-    return f"{target.name}: {what}, {problem.rows} rows, {len(problem.columns)} columns; {cv} folds, seed {seed}"
+    columns = "1 column" if len(problem.columns) == 1 else f"{len(problem.columns)} columns"
+    return f"{target.name}: {what}, {problem.rows} rows, {columns}; {cv} folds, seed {seed}"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +49,20 @@ def read_csv(path: str | os.PathLike[str]) -> Any:
         with source.open(encoding="utf-8-sig") as stream:
             header = stream.readline()
         separator = max(",;\t", key=header.count)
-        frame = pd.read_csv(
-            source, sep=separator, na_values=["?"], skipinitialspace=True, low_memory=False, encoding="utf-8-sig"
-        )
+        with warnings.catch_warnings():
+            # Rows longer than the header: unless told not to, pandas takes the first column for names of rows and
+            # every other one for its neighbour.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(
+                source, sep=separator, na_values=["?"], skipinitialspace=True, low_memory=False, encoding="utf-8-sig",
+                index_col=False,
+            )  # fmt: skip
     except pd.errors.EmptyDataError:
         raise DataError(f"{source} is empty") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8 text (byte {error.start}): save it as UTF-8 CSV") from None
+    except pd.errors.ParserWarning:
+        raise DataError(f"{source} is no regular CSV: its rows have more cells than its header has names") from None
     except pd.errors.ParserError as error:
         raise DataError(f"{source} is no regular CSV: {str(error).strip()}") from None
     if len(frame) == 0:
@@ -168,9 +176,8 @@ def _learn_column(series: Any, name: str, categorical: bool) -> tuple[Column | N
         return Column(name, "categorical"), ""
     if is_number_like(series):
         return Column(name, "numeric"), ""
-    parsed = _parsed(filled)
-    if not isinstance(series.dtype, pandas().CategoricalDtype) and parsed.notna().mean() >= _NUMBERS_SHARE:
-        _reject_text(filled, parsed, name)
+    if mostly_numbers(filled):
+        reject_text(filled, f"column {name!r}")
     if levels > _IDENTIFIER_LEVELS and levels > _IDENTIFIER_SHARE * len(filled):
         return None, f"column {name!r} holds {levels} different texts in {len(filled)} rows and was left out"
     return Column(name, "categorical"), ""
@@ -187,9 +194,8 @@ def _numbers(series: Any, name: str) -> npt.NDArray[np.float64]:
         values = series.to_numpy(dtype=np.float64, na_value=np.nan)
     else:
         filled = series.dropna()
-        parsed = _parsed(filled)
-        if not parsed.notna().all():
-            _reject_text(filled, parsed, name)
+        if not _parsed(filled).notna().all():
+            reject_text(filled, f"column {name!r}")
         values = _parsed(series).to_numpy(dtype=np.float64, na_value=np.nan)
     if np.isinf(values).any():
         row = int(series.index[np.isinf(values)][0]) + 1
@@ -213,15 +219,19 @@ def _text(value: object) -> str:
     return str(value).strip()
 
 
-def _parsed(series: Any) -> Any:
-    pd = pandas()
-    numbers = pd.to_numeric(series.astype(object), errors="coerce")
-    return numbers
+def mostly_numbers(filled: Any) -> bool:
+    """A text column in which nearly every cell reads as a number: the others are bad cells."""
+    return not isinstance(filled.dtype, pandas().CategoricalDtype) and _parsed(filled).notna().mean() >= _NUMBERS_SHARE
 
 
-def _reject_text(filled: Any, parsed: Any, name: str) -> None:
-    bad = parsed.isna().to_numpy()
+def reject_text(filled: Any, what: str, hint: str = "") -> None:
+    """DataError naming the first cell that is no number; there must be one."""
+    bad = _parsed(filled).isna().to_numpy()
     row, value = int(filled.index[bad][0]) + 1, filled[bad].iloc[0]
     count = int(bad.sum())
     more = f" (and {count - 1} more rows)" if count > 1 else ""
-    raise DataError(f"column {name!r} must hold numbers, but data row {row} holds {str(value)!r}{more}")
+    raise DataError(f"{what} must hold numbers, but data row {row} holds {str(value)!r}{more}{hint}")
+
+
+def _parsed(series: Any) -> Any:
+    return pandas().to_numeric(series.astype(object), errors="coerce")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlpkit.errors import ArgumentError, DataError
-from mlpkit.tune.table import is_number_like, pandas
+from mlpkit.tune.table import is_number_like, mostly_numbers, pandas, reject_text
 
 Task = Literal["classification", "regression"]
 Label = str | int | float | bool
@@ -37,6 +37,8 @@ def learn_target(series: Any, task: str, cv: int) -> tuple[Target, list[str]]:
     if task not in TASKS:
         raise ArgumentError(f"task is {task!r}, must be one of {', '.join(TASKS)}")
     name, rows, levels = str(series.name), len(series), int(series.nunique())
+    if rows == 0:
+        raise DataError(f"target {name!r} is empty: no row has a value")
     if rows < 4 * cv:
         raise DataError(f"{rows} rows with a target are too few: {cv} folds need at least {4 * cv}")
     numeric = is_number_like(series)
@@ -46,7 +48,9 @@ def learn_target(series: Any, task: str, cv: int) -> tuple[Target, list[str]]:
         raise DataError(f"target {name!r} holds only one {what} ({series.iloc[0]!s}): there is nothing to learn")
     if inferred == "regression":
         return Target(name, "regression", _numbers(series, numeric)), []
-    if levels > 20 and levels > rows / 2:
+    if task == "auto" and not numeric and levels > _MAX_WHOLE_CLASSES and mostly_numbers(series):
+        reject_text(series, f"target {name!r}", "; if the values are classes, give the task classification")
+    if levels > _MAX_WHOLE_CLASSES and levels > rows / 2:
         raise DataError(
             f"target {name!r} holds {levels} different values in {rows} rows: too many for classes"
             + ("; use the task regression" if numeric else ", and they are no numbers")
@@ -64,11 +68,14 @@ def _infer(series: Any, numeric: bool, rows: int, levels: int) -> Task:
 
 
 def _numbers(series: Any, numeric: bool) -> npt.NDArray[np.float64]:
+    if isinstance(series.dtype, pandas().CategoricalDtype):
+        raise DataError(f"target {series.name!r} must hold numbers for a regression, but holds categories")
     if not numeric:
-        raise DataError(f"target {series.name!r} must hold numbers for a regression, but holds {series.iloc[0]!r}")
+        reject_text(series, f"target {series.name!r}")
     values: npt.NDArray[np.float64] = pandas().to_numeric(series).to_numpy(dtype=np.float64)
     if np.isinf(values).any():
-        raise DataError(f"target {series.name!r} holds infinity")
+        row = int(series.index[np.isinf(values)][0]) + 1
+        raise DataError(f"target {series.name!r} holds infinity in data row {row}")
     return values
 
 
