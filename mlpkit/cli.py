@@ -10,6 +10,7 @@ import click
 from mlpkit.errors import MlpkitError
 
 _COMMANDS = {
+    "bench": "mlpkit.bench._commands",
     "predict": "mlpkit.tune._commands",
     "trace": "mlpkit.trace._commands",
     "tune": "mlpkit.tune._commands",

@@ -1,0 +1,8 @@
+"""``mlpkit bench``: mlpkit beside its rivals on this machine, in one run. Layer: above guard and nn, below the cli."""
+
+from __future__ import annotations
+
+from mlpkit.bench.case import Case, Rival
+from mlpkit.bench.runner import run
+
+__all__ = ["Case", "Rival", "run"]
