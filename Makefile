@@ -21,8 +21,10 @@ demo: $(STAMP).all
 test: $(STAMP).test
 	$(BIN)/python -m pytest $(ARGS)
 
+bench: RESULTS := benchmarks/results/cpu-$(shell date -u +%Y-%m-%d).json
 bench: $(STAMP).all
-	$(BIN)/python benchmarks/linear_act_dropout.py --out benchmarks/results/cpu-$(shell date -u +%Y-%m-%d).json $(ARGS)
+	$(BIN)/mlpkit bench --out $(RESULTS) $(ARGS)
+	$(BIN)/python benchmarks/report.py $(RESULTS)
 
 lint: $(STAMP).lint
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Writes the benchmark table of README.md from a results file, so that no number is ever typed.
+"""Writes the benchmark table of README.md from a results file of ``mlpkit bench``, so that no number is ever typed.
 
 python benchmarks/report.py benchmarks/results/cpu-2026-11-22.json
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +15,94 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN = "<!-- benchmark table: written by benchmarks/report.py -->"
 END = "<!-- end of benchmark table -->"
 
+FORWARD = "forward"  # all other passes train: forward + backward, or a whole training step
+KINDS = {"layer": "Linear + GELU + dropout", "tiny": "Linear + GELU + dropout", "wide": "Linear + GELU + dropout"}
+KINDS |= {"step": "training step"}
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def ratio(row: dict[str, Any], rival: str | None = None) -> float:
+    """How many times longer the rival (default: the row's baseline) took: the median of the rounds' own ratios."""
+    value: float = row["ratio"][rival or row["baseline"]][row["clock"]]["median"]
+    return value
+
+
+def rows_of_table(results: dict[str, Any]) -> dict[tuple[str, str], dict[tuple[bool, str], dict[str, Any]]]:
+    """(kind, sizes) -> (trains, dtype) -> row of the results, in the order of the file; ReLU stays in the JSON."""
+    found: dict[tuple[str, str], dict[tuple[bool, str], dict[str, Any]]] = {}
+    for row in results["cases"]:
+        if row["family"] in KINDS and not row["label"].endswith(", relu"):
+            key = KINDS[row["family"]], row["label"].removesuffix(", gelu")
+            found.setdefault(key, {})[(row["what"] != FORWARD, row["dtype"])] = row
+    return found
+
 
 def table(results: dict[str, Any]) -> str:
-    """One row a shape, one column a dtype and pass: how many times faster than eager PyTorch."""
-    environment, cases = results["environment"], results["cases"]
-    columns = sorted(
-        {(case["dtype"], case["pass"]) for case in cases}, key=lambda c: (c[0] != "fp32", c[0], c[1] != "fwd")
-    )
-    ratios = {(tuple(case["shape"]), case["dtype"], case["pass"]): case["ratio"]["eager"] for case in cases}
+    """One row a size, one column a pass and dtype: how many times faster than eager PyTorch."""
+    found = rows_of_table(results)
+    present = {column for rows in found.values() for column in rows}
+    columns = [(trains, dtype) for dtype in DTYPES for trains in (False, True) if (trains, dtype) in present]
+    names = [f"{dtype} {'training' if trains else 'forward'}" for trains, dtype in columns]
+    lines = ["| | sizes | " + " | ".join([*names, "fp32 training: time", "of the floor"]) + " |"]
+    lines.append("|---|---|" + "---:|" * (len(names) + 2))
+    for (kind, sizes), rows in found.items():
+        cells = [f"{ratio(rows[column]):.1f}x" if column in rows else "" for column in columns]
+        cells += _absolute(rows.get((True, "fp32")))
+        lines.append(f"| {kind} | {sizes} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *sentences(results)])
+
+
+def _absolute(row: dict[str, Any] | None) -> list[str]:
+    if row is None:
+        return ["", ""]
+    seconds = row["seconds"]["mlpkit"][row["clock"]]["median"]
+    time = f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
+    return [time, f"{100 * row['floor']['share']:.0f} %"]
+
+
+def sentences(results: dict[str, Any]) -> list[str]:
+    """What the columns mean, the conditions, and the families that are no ratio to eager."""
+    facts, peak = results["environment"], results["peaks"].get("fp32")
+    threads = f"{facts['threads']} thread" + ("s" if facts["threads"] > 1 else "")
+    clock = "process CPU time" if facts["clock"] == "cpu" else "wall time"
     lines = [
-        "| Linear + "
-        + environment["activation"].upper()
-        + f" + dropout {environment['p']}, rows x in -> out | "
-        + " | ".join(f"{dtype} {name}" for dtype, name in columns)
-        + " |",
-        "|---|" + "---|" * len(columns),
+        f"Times faster than eager PyTorch {facts['torch']} in the same run: "
+        f"{facts['cpu']} ({facts['cpu_capability']}), {threads}, {clock}, "
+        f"median of {facts['rounds']} interleaved rounds, {facts['date'][:10]}. "
+        "Training is forward and backward of a layer, or a whole step with Adam and clipping."
     ]
-    for shape in dict.fromkeys(tuple(case["shape"]) for case in cases):
-        cells = [f"{ratios[(shape, dtype, name)]:.2f}x" for dtype, name in columns]
-        lines.append(f"| {shape[0]} x {shape[1]} -> {shape[2]} | " + " | ".join(cells) + " |")
-    threads = f"{environment['threads']} thread" + ("s" if environment["threads"] > 1 else "")
-    lines.append("")
-    lines.append(
-        f"Speed over eager PyTorch {environment['torch']} in the same run: {environment['cpu']} "
-        f"({environment['cpu_capability']}), {threads}, median of {environment['rounds']} interleaved rounds, "
-        f"{environment['date'][:10]}."
-    )
-    return "\n".join(lines)
+    if peak:
+        rate = f"{peak['flops_per_second'] / 1e9:.0f} GFLOP/s"
+        lines.append(f"The floor is the matrix products alone at the {rate} that a probe reached in the same run.")
+    of_family = {name: [row for row in results["cases"] if row["family"] == name] for name in ("dropout", "threads")}
+    if of_family["dropout"]:
+        costs = " to ".join(f"{cost:.2f}" for cost in _span([1 / ratio(row) for row in of_family["dropout"]]))
+        lines.append(f"Dropout 0.1 takes {costs} times as long as p = 0.")
+    if of_family["threads"]:
+        shares = " to ".join(f"{100 * share:.0f}" for share in _span([row["of_probe"] for row in of_family["threads"]]))
+        lines.append(f"A second thread brings {shares} % of what it brings to the probe.")
+    return [" ".join([*lines, "More: [docs/bench.md](docs/bench.md)."])]
+
+
+def _span(values: list[float]) -> list[float]:
+    return sorted({min(values), max(values)})
+
+
+def write(readme: Path, text: str) -> None:
+    """Put ``text`` between the markers of the file."""
+    head, rest = readme.read_text().split(BEGIN)
+    _, tail = rest.split(END)
+    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     args = parser.parse_args()
-    text = README.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    README.write_text(f"{head}{BEGIN}\n{table(json.loads(args.results.read_text()))}\n{END}{tail}")
+    results = json.loads(args.results.read_text())
+    if results["environment"]["quick"]:
+        sys.exit(f"benchmarks/report.py: {args.results} comes from --quick; its figures say nothing")
+    write(README, table(results))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""``benchmarks/report.py``: the table of README.md, made from planted results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def report():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(family, label, what, dtype, ratio, seconds=1e-3, baseline="eager", clock="cpu", **more):
+    times = {"median": seconds, "minimum": seconds / 2}
+    other = "wall" if clock == "cpu" else "cpu"
+    return {
+        "family": family,
+        "label": label,
+        "what": what,
+        "dtype": dtype,
+        "baseline": baseline,
+        "clock": clock,
+        "ratio": {baseline: {clock: {"median": ratio, "minimum": 99.0}, other: {"median": 98.0, "minimum": 97.0}}},
+        "seconds": {"mlpkit": {clock: times, other: {"median": 1.0, "minimum": 1.0}}},
+        "floor": {"seconds": 1e-4, "share": 0.25},
+        **more,
+    }
+
+
+def results(*rows, **facts):
+    environment = {
+        "torch": "2.13.0",
+        "cpu": "Some CPU",
+        "cpu_capability": "avx512",
+        "threads": 1,
+        "rounds": 9,
+        "clock": "cpu",
+        "date": "2026-11-22T10:00:00+00:00",
+        "quick": False,
+        **facts,
+    }
+    return {"environment": environment, "cases": rows, "peaks": {"fp32": {"flops_per_second": 98e9}}}
+
+
+ROWS = (
+    row("layer", "1024 x 128 -> 256, gelu", "forward", "fp32", 3.04),
+    row("layer", "1024 x 128 -> 256, gelu", "forward + backward", "fp32", 2.51, seconds=2.345e-3),
+    row("layer", "1024 x 128 -> 256, gelu", "forward + backward", "bf16", 2.6),
+    row("layer", "1024 x 128 -> 256, relu", "forward", "fp32", 77.0),
+    row("step", "128 -> 16 -> 16 -> 10, batch 32", "training step", "fp32", 36.0, seconds=9.6e-6),
+)
+
+
+def test_one_row_a_size_and_one_column_a_pass(report):
+    lines = report.table(results(*ROWS)).splitlines()
+    assert lines[0] == (
+        "| | sizes | fp32 forward | fp32 training | bf16 training | fp32 training: time | of the floor |"
+    )
+    assert lines[2] == "| Linear + GELU + dropout | 1024 x 128 -> 256 | 3.0x | 2.5x | 2.6x | 2.3 ms | 25 % |"
+    assert lines[3] == "| training step | 128 -> 16 -> 16 -> 10, batch 32 |  | 36.0x |  | 10 us | 25 % |"
+    assert lines[4] == ""
+    assert len({line.count("|") for line in lines[:4]}) == 1
+
+
+def test_conditions_stand_under_the_table(report):
+    text = report.table(results(*ROWS)).splitlines()[-1]
+    for words in (
+        "eager PyTorch 2.13.0",
+        "Some CPU (avx512), 1 thread, process CPU time",
+        "9 interleaved",
+        "2026-11-22",
+    ):
+        assert words in text
+    assert "98 GFLOP/s" in text
+    assert "wall time" in report.table(results(*ROWS, clock="wall", threads=2))
+    assert "2 threads" in report.table(results(*ROWS, clock="wall", threads=2))
+
+
+def test_dropout_and_threads_become_sentences(report):
+    more = (
+        row("dropout", "a", "training step", "fp32", 1 / 1.03, baseline="mlpkit p=0"),
+        row("dropout", "b", "training step", "fp32", 1 / 1.06, baseline="mlpkit p=0"),
+        row("threads", "a", "forward", "fp32", 1.9, baseline="mlpkit, 1 thread", clock="wall", of_probe=0.95),
+    )
+    text = report.table(results(*ROWS, *more))
+    assert "Dropout 0.1 takes 1.03 to 1.06 times as long as p = 0." in text
+    assert "A second thread brings 95 % of what it brings to the probe." in text
+    assert "Dropout" not in report.table(results(*ROWS)).splitlines()[-1]
+
+
+def test_only_what_lies_between_the_markers_changes(report, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write(readme, "new")
+    report.write(readme, "newer")
+    assert readme.read_text() == f"before\n{report.BEGIN}\nnewer\n{report.END}\nafter\n"
+
+
+def test_the_readme_of_this_tree_has_the_markers(report):
+    text = report.README.read_text()
+    assert text.count(report.BEGIN) == text.count(report.END) == 1
+
+
+def test_figures_of_a_quick_run_are_refused(report, tmp_path, monkeypatch):
+    path = tmp_path / "quick.json"
+    path.write_text(json.dumps(results(*ROWS, quick=True)))
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
+    with pytest.raises(SystemExit, match="quick"):
+        report.main()
