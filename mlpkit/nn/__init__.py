@@ -3,7 +3,8 @@
 Layer: above functional and init, below guard and tune.
 """
 
+from mlpkit.nn.fusion import FuseEntry, FuseReport, fuse, fuse_report
 from mlpkit.nn.layers import ACTIVATIONS, FusedLinear
 from mlpkit.nn.mlp import MLP
 
-__all__ = ["ACTIVATIONS", "MLP", "FusedLinear"]
+__all__ = ["ACTIVATIONS", "MLP", "FuseEntry", "FuseReport", "FusedLinear", "fuse", "fuse_report"]
