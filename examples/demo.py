@@ -9,21 +9,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import pandas as pd
 import torch
 from sklearn.datasets import load_diabetes, load_digits
 
+from mlpkit.errors import MlpkitError
 from mlpkit.guard import TrainStep
 from mlpkit.nn import MLP
 from mlpkit.trace import Tracer
-from mlpkit.tune import tune
+from mlpkit.tune import read_csv, tune
 
 
 def tune_tables(args: argparse.Namespace) -> list[Path]:
     """Climb from the linear baseline on each table; print the verdict and write a run directory."""
     if args.csv:
-        table = pd.read_csv(args.csv)
-        tables = {args.csv.stem: (table.drop(columns=args.target), table[args.target])}
+        tables = {args.csv.stem: (read_csv(args.csv), args.target)}
     else:
         tables = {
             "digits (classification)": load_digits(as_frame=True, return_X_y=True),
@@ -31,7 +30,7 @@ def tune_tables(args: argparse.Namespace) -> list[Path]:
         }
     pages = []
     for name, (features, target) in tables.items():
-        print(f"\n--- tune: {name}, {len(features)} rows, {features.shape[1]} columns")
+        print(f"\n--- tune: {name}, {len(features)} rows")
         folder = args.out / name.split(" ")[0]
         run = tune(features, target, budget=args.budget, random_state=0, out=folder, overwrite=True)
         print("\n".join(f"  {verdict.text}" for verdict in run.verdicts))
@@ -72,7 +71,10 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.csv) != bool(args.target):
         parser.error("a table and --target go together")
-    pages = [*tune_tables(args), survive_overflow(args)]
+    try:
+        pages = [*tune_tables(args), survive_overflow(args)]
+    except MlpkitError as error:
+        parser.exit(2, f"demo: {error}\n")
     print("\nReports to open in a browser:")
     for page in pages:
         print(f"  {page.resolve()}")

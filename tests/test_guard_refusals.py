@@ -118,6 +118,13 @@ def test_a_loss_that_reaches_no_parameter_is_refused():
         guarded(elsewhere)(*batch())
 
 
+def test_a_named_loss_without_a_target_is_refused():
+    step = guarded()
+    with pytest.raises(ArgumentError, match=r"no target came; call step\(inputs, target\)"):
+        step(batch()[0])
+    assert not guarded(lambda output, target: output.square().mean())(batch()[0]).skipped
+
+
 def test_sparse_gradients_are_refused_by_name():
     class Words(nn.Module):
         def __init__(self):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -139,3 +141,13 @@ def test_terminal_gets_a_live_bar_and_the_same_lines(monkeypatch, capsys):
         say.fold(trial.outcomes[0])
         say.done(trial)
     assert "16       accuracy 0.6000" in capsys.readouterr().err
+
+
+def test_the_demo_takes_a_table_and_refuses_a_bad_one_in_one_sentence(tmp_path):
+    table().to_csv(tmp_path / "t.csv", index=False)
+    demo = Path(__file__).parents[1] / "examples" / "demo.py"
+    command = [sys.executable, demo, "t.csv", "--target", "lable", "--out", "out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "demo: no column 'lable' for the target; did you mean 'label'?\n"
+    assert [item.name for item in tmp_path.iterdir()] == ["t.csv"]

@@ -15,7 +15,7 @@ from mlpkit.errors import ArgumentError, NonFiniteError
 from mlpkit.guard import bounds, census, checks
 from mlpkit.guard.census import Finding
 from mlpkit.guard.culprit import Evidence, forward_culprit, make_record, refuse_bad_state
-from mlpkit.guard.losses import Loss, own_loss, resolve
+from mlpkit.guard.losses import LOSSES, Loss, own_loss, resolve
 from mlpkit.guard.record import SkipRecord, StepResult, Window
 from mlpkit.guard.replay import MicroBatch, random_state
 from mlpkit.guard.scale import LossScale, ScaleChange, check_scale, scaled
@@ -92,6 +92,8 @@ class TrainStep:
             raise ArgumentError(
                 "TrainStep: a target came, but loss=None takes the output's .loss; put it into the inputs"
             )
+        if target is None and self._loss in LOSSES.values():
+            raise ArgumentError("TrainStep: no target came; call step(inputs, target), or give loss=None or a callable")
         checks.check_settings(self.optimizer)
         if not self._batches:
             self._window = Window()
@@ -253,7 +255,8 @@ class TrainStep:
         """Go on from ``state_dict()``; a step under way is abandoned. Raises ArgumentError for a state that is none."""
         missing = [key for key in ("version", "steps", "skipped", "scale", "clean_steps") if key not in state]
         if missing or state["version"] != 1:
-            raise ArgumentError(f"TrainStep.load_state_dict: not a state of version 1 (missing: {', '.join(missing)})")
+            found = f"it lacks {', '.join(missing)}" if missing else f"its version is {state['version']!r}"
+            raise ArgumentError(f"TrainStep.load_state_dict: not a state of version 1: {found}")
         if self._loss_scale and state["scale"] is not None:
             value = check_scale("TrainStep.load_state_dict: scale", state["scale"])
             self._loss_scale.value = value
