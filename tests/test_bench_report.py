@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mlpkit.bench import Settings, run
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -96,6 +98,14 @@ def test_dropout_and_threads_become_sentences(report):
     assert "Dropout 0.1 takes 1.03 to 1.06 times as long as p = 0." in text
     assert "A second thread brings 95 % of what it brings to the probe." in text
     assert "Dropout" not in report.table(results(*ROWS)).splitlines()[-1]
+
+
+def test_real_results_fit_the_table(report):
+    settings = Settings(rounds=2, dtypes=("fp32",), quick=True, seconds_a_round=0.0)
+    lines = report.table(run(["tiny", "step", "dropout", "threads"], settings)).splitlines()
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["Linear + GELU + dropout", "training step"]
+    assert "Dropout 0.1 takes" in lines[-1]
 
 
 def test_only_what_lies_between_the_markers_changes(report, tmp_path):

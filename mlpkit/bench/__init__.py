@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlpkit.bench.case import Case, Rival
+from mlpkit.bench.case import Case, Rival, Settings
 from mlpkit.bench.runner import run
 
-__all__ = ["Case", "Rival", "run"]
+__all__ = ["Case", "Rival", "Settings", "run"]

@@ -24,7 +24,7 @@ class Settings:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     compile: bool = False
     quick: bool = False
-    seconds_a_round: float = 0.03
+    seconds_a_round: float = 0.1
 
     @property
     def clock(self) -> str:

@@ -17,6 +17,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     ratios = ", ".join(f"{name} {ratio[clock]['median']:.2f}x" for name, ratio in row["ratio"].items())
     if "of_probe" in row:
         ratios = f"gains {row['gain']:.2f}x where the probe gains {row['probe_gain']:.2f}x"
+    path = row.get("about", {}).get(OURS)
+    ratios = "; ".join(filter(None, [ratios, row["note"], path and f"{path} path"]))
     share = f"{100 * row['floor']['share']:.0f} %" if "floor" in row else "-"
     return row["family"], row["label"], row["what"], row["dtype"], times, ratios, share
 

@@ -14,7 +14,7 @@ ONE, PROBE, PROBE_ONE = "mlpkit, 1 thread", "probe, 2 threads", "probe, 1 thread
 
 
 def cases(settings: Settings, peaks: Peaks) -> list[Case]:
-    """Two threads against one, beside a probe that gives each thread cache-resident products of its own."""
+    """Two threads against one, beside a probe that gives each thread a product of its own."""
     if (os.cpu_count() or 1) < 2:
         return []
     shapes = [QUICK_SHAPE] if settings.quick else [(1024, 128, 4096), (512, 1024, 1024)]
