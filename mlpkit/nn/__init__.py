@@ -3,8 +3,20 @@
 Layer: above functional and init, below guard and tune.
 """
 
+from mlpkit.nn.footprint import Footprint, LayerFootprint, memory_footprint
 from mlpkit.nn.fusion import FuseEntry, FuseReport, fuse, fuse_report
 from mlpkit.nn.layers import ACTIVATIONS, FusedLinear
 from mlpkit.nn.mlp import MLP
 
-__all__ = ["ACTIVATIONS", "MLP", "FuseEntry", "FuseReport", "FusedLinear", "fuse", "fuse_report"]
+__all__ = [
+    "ACTIVATIONS",
+    "MLP",
+    "Footprint",
+    "FuseEntry",
+    "FuseReport",
+    "FusedLinear",
+    "LayerFootprint",
+    "fuse",
+    "fuse_report",
+    "memory_footprint",
+]
