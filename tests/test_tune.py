@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from test_report import Page
 
 import mlpkit.nn
-from mlpkit.errors import ArgumentError, DataError, MissingExtraError, ShapeError
+from mlpkit.errors import ArgumentError, DataError, MissingExtraError, OutputError, ShapeError
 from mlpkit.tune import TunedModel, run, search, trainer, tune
 
 
@@ -306,6 +307,23 @@ def test_earlier_run_is_replaced_only_on_request(tmp_path, numbers, classes):
     assert TunedModel.load(tmp_path / "run").task == "regression"
     classes[0].save(tmp_path / "run", overwrite=True)
     assert TunedModel.load(tmp_path / "run").task == "classification"
+    assert [item.name for item in tmp_path.iterdir()] == ["run"]
+
+
+def test_earlier_run_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, numbers, classes, monkeypatch):
+    numbers[0].save(tmp_path / "run")
+    rename, calls = os.rename, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no room")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OutputError, match="run: no room"):
+        classes[0].save(tmp_path / "run", overwrite=True)
+    assert TunedModel.load(tmp_path / "run").task == "regression"
     assert [item.name for item in tmp_path.iterdir()] == ["run"]
 
 

@@ -23,7 +23,9 @@ def check(out: str | os.PathLike[str], overwrite: bool) -> Path:
         if not (path / _MARK).is_file():
             raise ArgumentError(f"out: {path} exists and holds other files; choose another directory")
         if not overwrite:
-            raise ArgumentError(f"out: {path} holds an earlier run; choose another directory or ask to overwrite it")
+            raise ArgumentError(
+                f"out: {path} holds an earlier run; choose another directory or overwrite it (--overwrite)"
+            )
     # A run replaces its directory, so what must be writable is the folder around it.
     check_folder(path.parent, "out")
     return path
@@ -54,13 +56,24 @@ def _write(path: Path, fill: Callable[[Path], None]) -> None:
         for file in made.iterdir():
             os.chmod(file, 0o644)  # Some writers keep a file to its owner.
         if path.exists():
-            # The old run steps aside first: a directory cannot be replaced in one move.
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            os.rename(path, aside)
-            os.rename(made, path)
-            shutil.rmtree(aside)
+            _replace(path, made)
         else:
             os.rename(made, path)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
+
+
+def _replace(path: Path, made: Path) -> None:
+    """A directory cannot be replaced in one move: the old run steps aside, and comes back if the new one fails."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        os.rename(path, aside / "old")
+        try:
+            os.rename(made, path)
+        except BaseException:
+            os.rename(aside / "old", path)
+            raise
+    finally:
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
