@@ -10,9 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mlpkit import init
+from mlpkit import functional, init
 from mlpkit.errors import ArgumentError
 from mlpkit.nn._arguments import choice, probability, size
+from mlpkit.nn._whole import whole
 from mlpkit.nn.layers import ACTIVATIONS, STOCK, FusedLinear
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
@@ -82,6 +83,12 @@ class MLP(nn.Module):
         """Apply the network; ``seed`` (an int, or int64 seed and offset) fixes the masks of the fused layers."""
         if seed is None and self.training and any(layer.dropout > 0 for layer in self._fused()):
             seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
+        network = None if self.blocks else whole(self.layers)
+        if network is not None:
+            weights, biases, activation, slope, p = network
+            return functional.mlp(
+                x, weights, biases, activation=activation, slope=slope, p=p, training=self.training, seed=seed
+            )
         for stream, layer in enumerate(self.layers):
             x = layer(x, seed=seed, stream=stream)
             if stream < len(self.blocks):
