@@ -9,7 +9,7 @@ import torch
 
 from mlpkit.errors import ArgumentError, DataError
 from mlpkit.tune import read_csv
-from mlpkit.tune.problem import read_problem
+from mlpkit.tune.problem import read_problem, target_scale
 from mlpkit.tune.table import clean, fingerprint, learn_columns, take_target, to_frame
 from mlpkit.tune.target import learn_target
 
@@ -147,6 +147,16 @@ def test_infinity_names_the_row_of_the_file_even_after_rows_were_left_out():
         problem_of(frame)
 
 
+def test_cells_that_are_no_values_and_numbers_beyond_squares_are_refused():
+    with pytest.raises(
+        DataError, match=r"column 'b' holds cells that are neither numbers nor text, such as '\[1, 2\]'"
+    ):
+        problem_of(frame_with(b=[[1, 2]] * ROWS))
+    problem = problem_of(frame_with(y=np.linspace(0.0, 1e200, ROWS)))
+    with pytest.raises(DataError, match="target 'y' holds numbers too large to square"):
+        target_scale(problem.target, np.arange(ROWS))
+
+
 def test_complex_numbers_and_double_names_are_refused():
     with pytest.raises(DataError, match="complex128"):
         problem_of(frame_with(b=np.ones(ROWS) * 1j))
@@ -225,6 +235,8 @@ WITH_TEXT = [str(1.5 * number) for number in range(7)] + ["abc"] + [str(1.5 * nu
         (["a", "b"] * (ROWS // 2), "regression", r"must hold numbers, but data row 1 holds 'a' \(and 39 more rows\)"),
         (WITH_TEXT, "auto", "must hold numbers, but data row 8 holds 'abc'; if the values are classes, give the task"),
         (WITH_TEXT, "regression", "target 'y' must hold numbers, but data row 8 holds 'abc'$"),
+        (np.arange(ROWS) * 1j, "auto", "target 'y' has type complex128, which cannot be predicted"),
+        (pd.date_range("2020-01-01", periods=ROWS), "auto", r"target 'y' has type datetime64\[\w+\], which cannot be"),
         (pd.Categorical(["1", "2"] * (ROWS // 2)), "regression", "must hold numbers for a regression, but holds categ"),
         (["a"] * (ROWS - 2) + ["b"] * 2, "auto", "class 'b' of target 'y' has 2 rows, but 5 folds need 5"),
         ([np.inf] + [0.5] * (ROWS - 1), "regression", "'y' holds infinity in data row 1"),

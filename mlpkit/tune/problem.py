@@ -69,7 +69,8 @@ def target_scale(target: Target, rows: npt.NDArray[np.int64]) -> tuple[float, fl
     """(mean, scale) of the target on ``rows``; (0, 1) for classes."""
     if target.task == "classification":
         return 0.0, 1.0
-    scale = float(np.std(target.values[rows]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = float(np.std(target.values[rows]))
     if not math.isfinite(scale):
         raise DataError(f"target {target.name!r} holds numbers too large to square")
     return float(np.mean(target.values[rows])), scale if scale > 0.0 else 1.0

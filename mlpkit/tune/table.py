@@ -169,7 +169,13 @@ def _learn_column(series: Any, name: str, categorical: bool) -> tuple[Column | N
         raise DataError(f"column {name!r} has type {series.dtype}, which a network cannot take; convert it to numbers")
     if len(filled) == 0:
         return None, f"column {name!r} is empty and was left out"
-    levels = filled.nunique()
+    try:
+        levels = filled.nunique()
+    except TypeError:
+        # pandas counts by hash, and a cell may hold anything.
+        raise DataError(
+            f"column {name!r} holds cells that are neither numbers nor text, such as {str(filled.iloc[0])[:40]!r}"
+        ) from None
     if levels == 1 and len(filled) == len(series):
         return None, f"column {name!r} holds a single value and was left out"
     if categorical:

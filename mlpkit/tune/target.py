@@ -36,7 +36,10 @@ def learn_target(series: Any, task: str, cv: int) -> tuple[Target, list[str]]:
     """
     if task not in TASKS:
         raise ArgumentError(f"task is {task!r}, must be one of {', '.join(TASKS)}")
-    name, rows, levels = str(series.name), len(series), int(series.nunique())
+    name, rows = str(series.name), len(series)
+    if series.dtype.kind in "cmM":
+        raise DataError(f"target {name!r} has type {series.dtype}, which cannot be predicted; convert it to numbers")
+    levels = int(series.nunique())
     if rows == 0:
         raise DataError(f"target {name!r} is empty: no row has a value")
     if rows < 4 * cv:
