@@ -1,6 +1,7 @@
 """mlpkit.init: draws with the variance they promise, and a check that measures without touching."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -183,8 +184,37 @@ def test_a_check_prints_as_a_table():
     lines = str(init.check(deep("he_uniform", "relu", layers=1), batch())).splitlines()
     assert lines[0] == "init.check against he_uniform"
     assert lines[1].split()[0] == "layer"
-    assert [line.split()[0] for line in lines[2:]] == ["layers.0", "layers.1"]
-    assert len({len(line) for line in lines[1:]}) == 1
+    assert [line.split()[0] for line in lines[2:-1]] == ["layers.0", "layers.1"]
+    assert len({len(line) for line in lines[1:-1]}) == 1
+    assert lines[-1].startswith("product of spectral norms: ")
+
+
+def test_spectral_norm_and_condition_number_are_those_of_a_known_matrix():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2), nn.Unflatten(1, (2, 1)), nn.Conv1d(2, 2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.linalg.qr(torch.randn(3, 3))[0] @ torch.diag(torch.tensor([6.0, 3.0, 0.5])))
+        model[2].weight.copy_(torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+        model[4].weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 4.0]])[..., None])
+    result = init.check(model, torch.randn(5, 3))
+    assert [layer.spectral_norm for layer in result.layers] == pytest.approx([6, 2, 4], rel=1e-5)
+    assert [layer.condition_number for layer in result.layers] == pytest.approx([12, math.inf, 4 / 3], rel=1e-5)
+    assert result.product_bound == pytest.approx(48, rel=1e-5)
+
+
+def test_the_product_of_spectral_norms_bounds_what_the_network_does():
+    model = deep("he_normal", "relu").double()
+    bound = init.check(model, batch().double()).product_bound
+    x = batch().double()
+    step = 1e-3 * torch.randn_like(x)
+    stretch = (model(x + step) - model(x)).norm(dim=1) / step.norm(dim=1)
+    assert 0 < stretch.max() <= bound
+
+
+def test_a_weight_that_is_not_finite_has_no_singular_values():
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight[0, 0] = math.inf
+    assert math.isnan(init.check(model, torch.ones(2, 4)).layers[0].spectral_norm)
 
 
 def test_a_check_refuses_what_it_cannot_measure():

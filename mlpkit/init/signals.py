@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlpkit.errors import ArgumentError
+from mlpkit.init._run import buffers_and_random_state_kept, call
 from mlpkit.init.draws import fans, is_layer, known_name, variance
 
 
@@ -21,6 +23,8 @@ class LayerCheck:
     Ratios compare with the layer before in the direction of travel: forward with the previous layer, backward with the
     next one. symmetric: units with the same incoming weights as another; dead: share of units that are 0 for the whole
     batch; saturated: share of outputs where a sigmoid or tanh has under 1 % of its largest slope, None without either.
+    spectral_norm, condition_number: largest singular value of the weight as a matrix (out, the rest), and its ratio to
+    the smallest (inf where that is 0); NaN for a weight that is not finite.
     """
 
     name: str
@@ -34,6 +38,8 @@ class LayerCheck:
     symmetric: int
     dead: float
     saturated: float | None
+    spectral_norm: float
+    condition_number: float
 
 
 @dataclass(frozen=True)
@@ -43,21 +49,32 @@ class InitCheck:
     init: str
     layers: tuple[LayerCheck, ...]
 
+    @property
+    def product_bound(self) -> float:
+        """The product of the spectral norms: Szegedy et al. (2014), "Intriguing properties of neural networks".
+
+        At most so far apart, per unit of distance between two inputs, are the outputs of a network of these linear
+        layers in a row with activations of slope at most 1 (relu, leaky_relu, tanh, sigmoid; gelu and silu reach 1.13
+        and 1.10). Norms, skip connections and convolutions, whose matrix is not the whole operator, are outside it.
+        """
+        return math.prod(layer.spectral_norm for layer in self.layers)
+
     def __str__(self) -> str:
         header = ["layer", "units", "forward var", "x prev", "gradient var", "x next", "weight var", "expected"]
-        header += ["symmetric", "dead", "saturated"]
+        header += ["spectral", "condition", "symmetric", "dead", "saturated"]
         rows = [header, *(_row(layer) for layer in self.layers)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
             for row in rows
         ]
-        return "\n".join([f"init.check against {self.init}", *lines])
+        bound = f"product of spectral norms: {self.product_bound:.3g}"
+        return "\n".join([f"init.check against {self.init}", *lines, bound])
 
 
 def _row(layer: LayerCheck) -> list[str]:
     numbers = [layer.forward_variance, layer.forward_ratio, layer.backward_variance, layer.backward_ratio]
-    numbers += [layer.weight_variance, layer.expected_variance]
+    numbers += [layer.weight_variance, layer.expected_variance, layer.spectral_norm, layer.condition_number]
     cells = ["-" if number is None else f"{number:.3g}" for number in numbers]
     shares = ["-" if share is None else f"{100 * share:.1f} %" for share in (layer.dead, layer.saturated)]
     return [layer.name, str(layer.units), *cells, str(layer.symmetric), *shares]
@@ -75,7 +92,7 @@ def check(model: nn.Module, batch: Tensor | Sequence[Any] | Mapping[str, Any], *
     rule = known_name(init or getattr(model, "init", None) or "xavier_uniform")
     names = {module: name for name, module in model.named_modules()}
     with _untouched(model), _recording(names) as signals, torch.enable_grad():
-        output = _call(model, batch)
+        output = call(model, batch)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ArgumentError(
                 f"init.check: the model's output is {type(output).__name__}; it must be a floating tensor"
@@ -109,6 +126,7 @@ def _measure(
     forward = _variance(output)
     units = output.movedim(1, -1) if isinstance(layer, nn.modules.conv._ConvNd) else output
     fan_in, fan_out = fans(weight)
+    spectral_norm, condition_number = _singular(weight)
     return LayerCheck(
         name=signal.name,
         units=weight.shape[0],
@@ -121,7 +139,18 @@ def _measure(
         symmetric=_symmetric(weight, layer.bias),
         dead=(units.reshape(-1, units.shape[-1]) == 0).all(0).double().mean().item(),
         saturated=_saturated(signal),
+        spectral_norm=spectral_norm,
+        condition_number=condition_number,
     )
+
+
+def _singular(weight: Tensor) -> tuple[float, float]:
+    """Spectral norm and condition number; a convolution's as Miyato et al. (2018) take it, (out, all else)."""
+    if not weight.isfinite().all():
+        return math.nan, math.nan
+    values = torch.linalg.svdvals(weight.flatten(1).double())
+    largest, smallest = values[0].item(), values[-1].item()
+    return largest, largest / smallest if smallest > 0 else math.inf
 
 
 def _symmetric(weight: Tensor, bias: Tensor | None) -> int:
@@ -175,10 +204,8 @@ def _recording(names: Mapping[nn.Module, str]) -> Iterator[list[_Signal]]:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Dropout off, batch statistics on; afterwards modes, buffers and random state are as before."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    cuda = sorted({tensor.device.index for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda})
     try:
-        with torch.random.fork_rng(devices=cuda):
+        with buffers_and_random_state_kept(model):
             model.eval()
             for module in modes:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -187,9 +214,6 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
 
 
 def _gradients(output: Tensor, signals: list[Tensor]) -> list[Tensor | None]:
@@ -200,12 +224,6 @@ def _gradients(output: Tensor, signals: list[Tensor]) -> list[Tensor | None]:
     noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
     found = iter(torch.autograd.grad(output, known, noise, allow_unused=True))
     return [next(found) if signal.requires_grad else None for signal in signals]
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def _variance(tensor: Tensor) -> float:
