@@ -186,3 +186,32 @@ def test_the_first_failure_is_the_diagnosis_and_all_are_listed():
         ("log", "failure"),
         ("sqrt", "failure"),
     ]
+
+
+def test_a_small_parameter_that_grows_below_what_others_began_with_is_no_explosion():
+    small, large = (torch.tensor([start], requires_grad=True) for start in (1e-6, 10.0))
+    optimizer = torch.optim.SGD([small, large], lr=1e-3)
+    with Tracer() as tracer:
+        for step in range(2):
+            optimizer.zero_grad()
+            (small + torch.exp(large * (100.0 if step else 1e-3))).sum().backward()
+            optimizer.step()
+    found = tracer.diagnosis
+    assert (found.step, found.op, found.cause) == (1, "exp", "overflow")
+
+
+def test_a_write_to_a_part_leaves_the_rest_bad():
+    w = torch.ones(2, requires_grad=True)
+    with Tracer() as tracer:
+        y = torch.log(w - 2).clone()
+        y[0] = 1.0
+        y.sum().backward()
+    assert (tracer.diagnosis.op, tracer.diagnosis.cause) == ("log", "domain")
+
+
+def test_the_chain_names_the_first_modules_that_passed_a_value_on_and_no_more():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)))
+    with Tracer(model) as tracer:
+        model(torch.log(torch.zeros(1, 2))).sum().backward()
+    passed = [link["module"] for link in tracer.diagnosis.chain if link["stage"] == "contamination"]
+    assert 0 < len(passed) <= 4

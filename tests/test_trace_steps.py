@@ -183,3 +183,21 @@ def test_a_loss_that_only_its_scale_overflows_is_calibration():
     assert tracer.diagnosis.verdict == "healthy"
     assert {found.verdict for found in tracer.diagnoses} == {"benign"}
     assert (tracer.diagnoses[0].phase, tracer.diagnoses[0].op) == ("optimizer", "mul")
+
+
+@pytest.mark.parametrize("held_back", [True, False])
+def test_an_overflow_of_the_scale_is_no_calibration_once_it_is_in_a_parameter(held_back):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    with Tracer(model) as tracer:
+        with torch.autocast("cpu", torch.float16):
+            loss = model(batch(False)).mean()
+        scaler.scale(loss.float()).backward()
+        scaler.unscale_(optimizer)
+        if held_back:
+            scaler.step(optimizer)
+        else:
+            optimizer.step()
+    assert tracer.diagnosis.verdict == ("healthy" if held_back else "failure")
+    assert bool(torch.isfinite(model.weight).all()) == held_back
