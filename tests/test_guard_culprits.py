@@ -126,8 +126,11 @@ def test_the_second_look_repeats_the_random_numbers_of_the_first():
 
 
 def _draws(seed):
+    """Whether the forward is unlucky, and whether it would be a second time, after the numbers that the loss takes."""
     torch.manual_seed(seed)
-    return [bool(torch.rand(()) < 0.5) for _ in range(2)]
+    first = bool(torch.rand(()) < 0.5)
+    torch.rand(3, 1)
+    return [first, bool(torch.rand(()) < 0.5)]
 
 
 def test_the_second_look_copies_no_parameter(monkeypatch):

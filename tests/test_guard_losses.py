@@ -29,3 +29,12 @@ def test_every_named_loss_is_the_formula_of_its_docstring():
 def test_a_target_of_another_shape_is_refused_and_not_broadcast(name):
     with pytest.raises(ValueError, match=r"output is \(4, 1\), target \(4,\); shapes must be equal"):
         LOSSES[name](torch.ones(4, 1), torch.ones(4))
+
+
+@pytest.mark.parametrize("name", ["bce", "mse", "l1", "huber", "log_mse"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_outputs_are_computed_in_fp32(name, dtype):
+    output, target = torch.full((2, 1), 300.0, dtype=dtype), torch.full((2, 1), 1e-7)
+    loss = LOSSES[name](output, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, LOSSES[name](output.float(), target), rtol=0, atol=0)
