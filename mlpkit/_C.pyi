@@ -21,6 +21,24 @@ def mlp(
     negative_slope: float,
     p: list[float],
 ) -> Tensor: ...
+def mlp_step(
+    x: Tensor,
+    target: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    seed: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    p: list[float],
+    loss: str,
+    clip_norm: float,
+    optimizer: str,
+    group_of: list[int],
+    firsts: list[Tensor | None],
+    seconds: list[Tensor | None],
+    steps: list[Tensor | None],
+    groups: list[list[float]],
+) -> tuple[bool, float, float]: ...
 def cpu_capability() -> str: ...
 def cpu_capabilities() -> list[str]: ...
 def force_cpu_capability(name: str) -> None: ...

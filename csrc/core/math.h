@@ -46,6 +46,16 @@ MLPKIT_HD F absolute(F x) {
   return bits_as<F>(bits_as<I>(x) & 0x7fffffff);
 }
 
+// The square root, correctly rounded. SIMD vector types add their own specialisation.
+template <class F>
+struct SquareRoot {
+  MLPKIT_HD static F of(F x) { return ::sqrtf(x); }
+};
+template <class F>
+MLPKIT_HD F sqrt(F x) {
+  return SquareRoot<F>::of(x);
+}
+
 // exp(x + y) = 2^n exp(r),  n = round(x / ln 2),  |r| <= ln(2) / 2 + |y|, for a |y| of at most a few hundredths: a
 // second part carries what x could not hold.
 template <class F>

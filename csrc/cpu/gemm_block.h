@@ -19,16 +19,6 @@ constexpr int64_t kFewLines = 16, kShortSum = 32;
 
 MLPKIT_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The first n numbers of a vector's worth; the others are zero and their memory is not read.
-template <class V, class T>
-MLPKIT_HD V load_part(const T* from, int64_t n) {
-  constexpr int64_t count = sizeof(V) / sizeof(T);
-  if (n >= count) return load_bits<V>(from);
-  T padded[count] = {};
-  __builtin_memcpy(padded, from, n * sizeof(T));
-  return load_bits<V>(padded);
-}
-
 // What a 32-bit lane of a packed operand holds. along: kLanes lanes from one line of memory, of which `numbers` numbers
 // are there. across: kLanes lanes side by side, each taking its numbers from `lines` lines that lie `stride` apart.
 template <class T>

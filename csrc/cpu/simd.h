@@ -30,6 +30,22 @@ template <>
 struct IntOf<FloatVec> {
   using type = IntVec;
 };
+
+template <>
+struct SquareRoot<FloatVec> {
+  MLPKIT_HD static FloatVec of(FloatVec x) {
+#if defined(__AVX512F__)
+    return (FloatVec)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (FloatVec)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+    return (FloatVec)_mm_sqrt_ps((__m128)x);
+#else
+    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+  }
+};
 }  // namespace math
 
 // The widest value the epilogue computes with: a vector for float, one number for double.
@@ -55,6 +71,24 @@ MLPKIT_HD V load_bits(const T* from) {
 template <class V, class T>
 MLPKIT_HD void store_bits(T* to, V from) {
   __builtin_memcpy(to, &from, sizeof(V));
+}
+
+// The first n numbers of a vector's worth; the others are zero and their memory is not read.
+template <class V, class T>
+MLPKIT_HD V load_part(const T* from, int64_t n) {
+  constexpr int64_t count = sizeof(V) / sizeof(T);
+  if (n >= count) return load_bits<V>(from);
+  T padded[count] = {};
+  __builtin_memcpy(padded, from, n * sizeof(T));
+  return load_bits<V>(padded);
+}
+
+// The inverse: writes the first n numbers.
+template <class V, class T>
+MLPKIT_HD void store_part(T* to, V from, int64_t n) {
+  constexpr int64_t count = sizeof(V) / sizeof(T);
+  if (n >= count) return store_bits(to, from);
+  __builtin_memcpy(to, &from, n * sizeof(T));
 }
 
 MLPKIT_HD void load(const float* from, FloatVec& to) { to = load_bits<FloatVec>(from); }

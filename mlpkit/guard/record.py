@@ -71,7 +71,7 @@ class StepResult:
     and ``grad_norm`` and ``culprit`` None.
     """
 
-    def __init__(self, loss: Tensor, scale: float, window: Window) -> None:
+    def __init__(self, loss: Tensor | float, scale: float, window: Window) -> None:
         self._loss: Tensor | float = loss
         self._window = window
         self.scale = scale

@@ -16,6 +16,7 @@ from mlpkit.guard import bounds, census, checks
 from mlpkit.guard.census import Finding
 from mlpkit.guard.culprit import Evidence, forward_culprit, make_record, refuse_bad_state
 from mlpkit.guard.losses import LOSSES, Loss, own_loss, resolve
+from mlpkit.guard.native import NativeStep, Outcome
 from mlpkit.guard.record import SkipRecord, StepResult, Window
 from mlpkit.guard.replay import MicroBatch, random_state
 from mlpkit.guard.scale import LossScale, ScaleChange, check_scale, scaled
@@ -70,6 +71,17 @@ class TrainStep:
         self._batches: list[MicroBatch] = []
         self._live_buffers: list[Tensor] = []
         self._window = Window()
+        self._native = NativeStep(model, loss, optimizer, precision, accumulate)
+
+    @property
+    def path(self) -> str:
+        """``"native"`` where the last step was one native call; ``"general"`` otherwise: ``path_reason`` says why."""
+        return "general" if self._native.why_not else "native"
+
+    @property
+    def path_reason(self) -> str | None:
+        """Why the last step went the general way; None where it was native."""
+        return self._native.why_not
 
     @property
     def scale(self) -> float:
@@ -95,6 +107,9 @@ class TrainStep:
         if target is None and self._loss in LOSSES.values():
             raise ArgumentError("TrainStep: no target came; call step(inputs, target), or give loss=None or a callable")
         checks.check_settings(self.optimizer)
+        outcome = self._native.attempt(inputs, target, self.clip_norm, self._show)
+        if outcome is not None:
+            return self._taken_natively(outcome)
         if not self._batches:
             self._window = Window()
             self._clear_gradients()
@@ -103,6 +118,24 @@ class TrainStep:
         if len(self._batches) == self.accumulate:
             self._finish()
         return result
+
+    def _show(self, inputs: Any, target: Any) -> None:
+        try:
+            assert self._loss is not None
+            self._loss(call(self.model, inputs), target).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._clear_gradients()
+
+    def _taken_natively(self, outcome: Outcome) -> StepResult:
+        self._clear_gradients()
+        self._window = Window()
+        self._window.done, self._window.norm = True, outcome.norm
+        step = self.steps
+        self.steps += 1
+        self._after_update(step)
+        saved = len(parameters_of(self.optimizer))
+        announce("step", step=step, skipped=False, culprit=None, scale=1.0, parameters=saved)
+        return StepResult(outcome.loss, 1.0, self._window)
 
     def _forward_backward(self, inputs: Any, target: Any) -> Tensor:
         before = random_state(self._device)

@@ -21,10 +21,13 @@ class Whole(NamedTuple):
     p: list[float]
 
 
+def globally_hooked() -> bool:
+    """Whether somebody watches every module of the process."""
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks)
+
+
 def whole(layers: Iterable[nn.Module]) -> Whole | None:
     """None where a layer is hooked, replaced or parametrised, or differs from its neighbours: those are called."""
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks:
-        return None
     fused: list[FusedLinear] = []
     for layer in layers:
         if type(layer) is not FusedLinear or _hooked(layer):
@@ -45,7 +48,8 @@ def whole(layers: Iterable[nn.Module]) -> Whole | None:
             return None
         slope = slopes[0] if isinstance(slopes[0], float) else None
     weights: list[Tensor] = [layer.weight for layer in fused]
-    return Whole(weights, [layer.bias for layer in fused], activation, slope, [layer.dropout for layer in hidden])
+    p = [layer.dropout if layer.training else 0.0 for layer in hidden]
+    return Whole(weights, [layer.bias for layer in fused], activation, slope, p)
 
 
 def _hooked(layer: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mlpkit import functional, init
 from mlpkit.errors import ArgumentError
 from mlpkit.nn._arguments import choice, probability, size
-from mlpkit.nn._whole import whole
+from mlpkit.nn._whole import globally_hooked, whole
 from mlpkit.nn.layers import ACTIVATIONS, STOCK, FusedLinear
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
@@ -83,12 +83,10 @@ class MLP(nn.Module):
         """Apply the network; ``seed`` (an int, or int64 seed and offset) fixes the masks of the fused layers."""
         if seed is None and self.training and any(layer.dropout > 0 for layer in self._fused()):
             seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
-        network = None if self.blocks else whole(self.layers)
+        network = None if self.blocks or globally_hooked() else whole(self.layers)
         if network is not None:
             weights, biases, activation, slope, p = network
-            return functional.mlp(
-                x, weights, biases, activation=activation, slope=slope, p=p, training=self.training, seed=seed
-            )
+            return functional.mlp(x, weights, biases, activation=activation, slope=slope, p=p, seed=seed)
         for stream, layer in enumerate(self.layers):
             x = layer(x, seed=seed, stream=stream)
             if stream < len(self.blocks):
