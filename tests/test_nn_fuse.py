@@ -181,6 +181,24 @@ def test_sequentials_inside_a_traced_module_and_modules_inside_sequentials_are_f
     assert_equal_twin(Net().double(), count=4)
 
 
+def test_parts_of_children_that_have_no_forward_and_tuples_and_dicts_are_fused_through():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.box, self.heads = nn.Module(), nn.ModuleDict({"left": nn.Linear(7, 7)})
+            self.box.fc = nn.Linear(7, 7)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
+            z = torch.relu(self.box.fc(x.view(x.size(0), -1)))
+            z += y
+            return z, {"left": self.heads["left"](z).tanh(), "rows": x.shape[0]}
+
+    model = Net().double()
+    fused = fuse(model)
+    assert [type(fused.get_submodule(name)) for name in ("box.fc", "heads.left")] == [FusedLinear] * 2
+    torch.testing.assert_close(fused(rows(), rows()), model(rows(), rows()))
+
+
 def test_state_that_the_forward_does_not_use_and_plain_attributes_stay():
     class Net(Attributes):
         def __init__(self):
@@ -256,6 +274,41 @@ def test_fused_models_copy_pickle_move_and_load(kind):
         twin.load_state_dict(fused.state_dict())
         assert torch.equal(twin(rows()), expected)
     assert torch.equal(fused(rows()), expected)
+
+
+@pytest.mark.parametrize("make", [Attributes, lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU())])
+def test_hooks_of_a_container_go_on(make):
+    model, calls = make(), []
+    model.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+    fused = fuse(model)
+    assert len(layers_of(fused)) == 1
+    y = fused(rows(dtype=torch.float32))
+    assert calls == [y.shape]
+
+
+def random_chain(generator):
+    """A Sequential of random parts, now and then nested: most are fused somewhere, some nowhere."""
+
+    def pick(count):
+        return int(torch.randint(count, (), generator=generator))
+
+    # Not in place: after a sigmoid or a relu PyTorch itself refuses that.
+    parts = [part for name, part in MODULES.items() if name != "relu inplace"]
+    parts += [nn.Dropout(0.3), nn.Dropout(0.0), nn.Identity(), nn.LayerNorm(7), nn.Softplus()]
+    chosen = [nn.Linear(7, 7)]
+    for _ in range(1 + pick(7)):
+        one = nn.Linear(7, 7, bool(pick(2))) if pick(2) else copy.deepcopy(parts[pick(len(parts))])
+        chosen.append(nn.Sequential(one, random_chain(generator)) if pick(8) == 0 else one)
+    return nn.Sequential(*chosen)
+
+
+def test_random_chains_keep_their_outputs():
+    fused = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        model = random_chain(torch.Generator().manual_seed(seed)).double()
+        fused += len(layers_of(assert_equal_twin(model)))
+    assert fused > 60
 
 
 def test_fusing_twice_changes_nothing_more():
@@ -396,9 +449,20 @@ def outside(self, x):
     return torch.relu(self.a(x)) + self.act(x)
 
 
+def typed(self, x):
+    return torch.relu(self.a(x)) if isinstance(x, torch.Tensor) else self.a(x)
+
+
+def asking(self, x):
+    return torch.relu(self.a(x)) if torch.is_tensor(x) else self.a(x)
+
+
 @pytest.mark.parametrize(
     ("forward", "name", "reason"),
     [
+        (typed, "a", "asks for the type of a value"),
+        (asking, "a", "asks for the type of a value"),
+        (lambda self, x: torch.relu(self.a(input=x)), "a", "called with other arguments than one tensor"),
         (branching, "a", "torch.fx cannot trace it"),
         (counting, "a", "changes self.count"),
         (logging, "a", "changes a list of its own"),

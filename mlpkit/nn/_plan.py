@@ -172,6 +172,8 @@ class Plan:
         self._calls[id(linear)] += 1
         chain = Chain(join(scope, str(node.target)), linear, scope, modules[""].training, nodes=[node])
         reason: str | None = self._keeps(linear)
+        if len(node.args) != 1 or node.kwargs:
+            reason = reason or "it is called with other arguments than one tensor"
         while reason is None and len(chain.nodes[-1].users) == 1:
             following = next(iter(chain.nodes[-1].users))
             step = recognise.dropout_call(following) or recognise.of_node(following, modules)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import random
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,10 +17,25 @@ from torch import Tensor, fx, nn
 from mlpkit.nn._recognise import Refusal, is_functional_dropout
 
 
+class _Typeless(fx.Proxy):
+    """A value under trace that refuses ``isinstance``: the answer, no tensor, would differ from that of a run."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        module = sys._getframe(1).f_globals.get("__name__", "")
+        # torch.fx and this file ask all the time, and mean the proxy; in torch itself only is_tensor asks.
+        if module == __name__ or module.startswith("torch."):
+            return _Typeless
+        raise TypeError("its forward asks for the type of a value")
+
+
 class _Tracer(fx.Tracer):
     """Children stay calls; buffers are followed, so that a forward which writes one is refused."""
 
     proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Typeless(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
