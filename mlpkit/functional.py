@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,12 +45,12 @@ def linear_act_dropout(
     Raises ShapeError, DtypeError, DeviceError or ArgumentError, each naming the argument. Differentiable once.
     """
     # The native checks cannot see these two: p is overruled in evaluation, and only leaky_relu reads a float slope.
-    if not 0.0 <= p <= 1.0 or (slope is not None and activation not in ("leaky_relu", "prelu")):
+    if not _probability(p) or not (slope is None or isinstance(slope, Tensor) or _negative_slope(activation, slope)):
         _check(x, weight, bias, activation, slope, p, seed, stream)
     if not training:
         p = 0.0
     slope_tensor = slope if isinstance(slope, Tensor) else None
-    negative_slope = DEFAULT_NEGATIVE_SLOPE if slope is None or slope_tensor is not None else float(slope)
+    negative_slope = slope if isinstance(slope, (int, float)) else DEFAULT_NEGATIVE_SLOPE
     result: Tensor
     if torch.compiler.is_compiling():
         _check(x, weight, bias, activation, slope, p, seed, stream)
@@ -87,7 +88,7 @@ def mlp(
     not fit. Differentiable once.
     """
     hidden = len(weights) - 1
-    probabilities = [float(p)] * hidden if isinstance(p, (int, float)) else [float(value) for value in p]
+    probabilities: list[float] = list(p) if isinstance(p, Sequence) else [p] * hidden
     given = list(biases) if biases is not None else [None] * len(weights)
     slopes = _slopes(slope, hidden)
     _check_counts(hidden, given, slopes, probabilities)
@@ -127,8 +128,8 @@ def _check_counts(
                 f"mlp: {name} has {len(values)} entries; it must have one for each of {hidden} hidden layers"
             )
     for value in probabilities:
-        if not 0.0 <= value <= 1.0:
-            raise ArgumentError(f"mlp: p is {value}; it must lie in [0, 1]")
+        if not _probability(value):
+            raise ArgumentError(f"mlp: p is {value!r}; it must be a number in [0, 1]")
 
 
 def _check_layers(
@@ -180,18 +181,28 @@ def _check(
         raise ArgumentError(
             f"linear_act_dropout: activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}"
         )
-    if not 0.0 <= p <= 1.0:
-        raise ArgumentError(f"linear_act_dropout: p is {p}; it must lie in [0, 1]")
+    if not _probability(p):
+        raise ArgumentError(f"linear_act_dropout: p is {p!r}; it must be a number in [0, 1]")
     if not 0 <= stream < 2**32:
         raise ArgumentError(f"linear_act_dropout: stream is {stream}; it must lie in [0, 2^32)")
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
             raise ArgumentError(f"linear_act_dropout: {name} is {type(tensor).__name__}; it must be a tensor")
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise ArgumentError(f"linear_act_dropout: {name} is {tensor.layout}; it must be strided (dense)")
     _check_shapes(x, weight, bias)
     _check_slope(activation, slope, weight)
     _check_seed(seed, x)
     tensors = {"weight": weight, "bias": bias, "slope": slope if isinstance(slope, Tensor) else None}
     _check_placement(x, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def _probability(p: float) -> bool:
+    return isinstance(p, (int, float)) and 0.0 <= p <= 1.0
+
+
+def _negative_slope(activation: str, slope: float) -> bool:
+    return activation == "leaky_relu" and isinstance(slope, (int, float)) and math.isfinite(slope)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -225,6 +236,8 @@ def _check_slope(activation: str, slope: float | Tensor | None, weight: Tensor) 
         )
     elif slope is not None and activation != "leaky_relu":
         raise ArgumentError(f"linear_act_dropout: slope is {slope!r}; {activation} takes none")
+    elif slope is not None and not _negative_slope(activation, slope):
+        raise ArgumentError(f"linear_act_dropout: slope is {slope!r}; leaky_relu takes a finite number")
 
 
 def _check_seed(seed: int | Tensor | None, x: Tensor) -> None:

@@ -153,6 +153,7 @@ REFUSALS = {
     "too few biases": (ArgumentError, "biases has 1 entries", lambda x, w: mlp(x, w, [None])),
     "too few p": (ArgumentError, "p has 1 entries", lambda x, w: mlp(x, w, p=[0.1])),
     "too many slopes": (ArgumentError, "slope has 3", lambda x, w: mlp(x, w, activation="prelu", slope=[x, x, x])),
+    "p None": (ArgumentError, "p is None", lambda x, w: mlp(x, w, p=None)),
     "p above 1": (ArgumentError, "p is 1.5", lambda x, w: mlp(x, w, p=1.5)),
     "p not a number": (ArgumentError, "p is nan", lambda x, w: mlp(x, w, p=math.nan)),
     "unknown activation": (ArgumentError, "layer 0: .*'swish'.*relu", lambda x, w: mlp(x, w, activation="swish")),
