@@ -44,15 +44,6 @@ class Outcome(NamedTuple):
     norm: float
 
 
-class Arguments(NamedTuple):
-    """The parameters that are trained, their groups and their state, in the order of the layers."""
-
-    group_of: list[int]
-    firsts: list[Tensor | None]
-    seconds: list[Tensor | None]
-    steps: list[Tensor | None]
-
-
 class NativeStep:
     """Tries the native way; ``why_not`` says why the last step (or all of them) went the general way."""
 
@@ -62,6 +53,8 @@ class NativeStep:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.never = _never(model, loss, optimizer, precision, accumulate)
         self.why_not: str | None = self.never or "no step was taken yet"
+        self._known: list[Entry] = []
+        self._shape: list[tuple[int, bool]] = []
 
     def attempt(
         self, inputs: Any, target: Any, clip_norm: float | None, show: Callable[[Any, Any], None]
@@ -74,24 +67,32 @@ class NativeStep:
         self.why_not = _not_now(self.model, network, self.optimizer, inputs, target, self.loss)
         if self.why_not or network is None:
             return None
-        found = _arguments(network, self.optimizer)
-        if isinstance(found, str):
-            self.why_not = found
+        if not self._known_still(network):
+            found = _entries(network, self.optimizer)
+            if isinstance(found, str):
+                self.why_not = found
+                return None
+            self._known, self._shape = found, _shape(self.optimizer)
+        if any(entry.parameter._backward_hooks or _accumulate_hooks(entry.parameter) for entry in self._known):
+            self.why_not = "a parameter has a gradient hook"
             return None
         random = torch.get_rng_state()
         if globally_hooked() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
             show(inputs, target)
             torch.set_rng_state(random)
         with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
-            taken, loss, norm = self._call(network, found, inputs, target, clip_norm)
+            taken, loss, norm = self._call(network, inputs, target, clip_norm)
         if not taken:
             torch.set_rng_state(random)
             self.why_not = "something was not finite, too large to vouch for, or out of range"
             return None
         return Outcome(loss, norm)
 
+    def _known_still(self, network: Whole) -> bool:
+        return self._shape == _shape(self.optimizer) and _still(self._known, network, self.optimizer)
+
     def _call(
-        self, network: Whole, found: Arguments, inputs: Tensor, target: Tensor, clip_norm: float | None
+        self, network: Whole, inputs: Tensor, target: Tensor, clip_norm: float | None
     ) -> tuple[bool, float, float]:
         seed = None
         if any(network.p):
@@ -108,7 +109,10 @@ class NativeStep:
             str(self.loss),
             clip_norm or 0.0,
             _NAMES[type(self.optimizer)],
-            *found,
+            [entry.group for entry in self._known],
+            [entry.first for entry in self._known],
+            [entry.second for entry in self._known],
+            [entry.step for entry in self._known],
             [_settings(group) for group in self.optimizer.param_groups],
         )
 
@@ -159,35 +163,70 @@ def _changed(model: MLP) -> bool:
     return bool(hooked or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled())
 
 
-def _arguments(network: Whole, optimizer: torch.optim.Optimizer) -> Arguments | str:
+class Entry(NamedTuple):
+    """A trained parameter, where its state lies, and the tensors found there."""
+
+    parameter: Tensor
+    entries: dict[str, Any]
+    group: int
+    first: Tensor | None
+    second: Tensor | None
+    step: Tensor | None
+
+
+def _entries(network: Whole, optimizer: torch.optim.Optimizer) -> list[Entry] | str:
     """State of every parameter as the native update takes it; a reason where a parameter has none yet or is unusual."""
     kind = _NAMES[type(optimizer)]
-    first_key, second_key = _STATE[kind]
     groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    found = Arguments([], [], [], [])
+    found = []
     for weight, bias in zip(network.weights, network.biases):
         for parameter in (weight,) if bias is None else (weight, bias):
             group = groups.get(id(parameter))
             if group is None or not parameter.requires_grad or not parameter.is_contiguous():
                 return "a parameter is frozen, not contiguous or not the optimizer's"
-            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-                return "a parameter has a gradient hook"
-            settings, state = optimizer.param_groups[group], optimizer.state.get(parameter, {})
-            momentum = settings.get("momentum", 0.0)
+            momentum = optimizer.param_groups[group].get("momentum", 0.0)
             if kind == "rmsprop" and momentum:
                 return "RMSprop's momentum is updated the general way"
-            first = state.get(first_key) if first_key and (kind != "sgd" or momentum) else None
-            second, step = state.get(second_key) if second_key else None, state.get("step")
-            wanted = [key for key in (first_key, second_key) if key and (kind != "sgd" or momentum)]
-            if any(not _usable(state.get(key), parameter) for key in wanted):
+            entries = optimizer.state.get(parameter, {})
+            keys = [None if kind == "sgd" and not momentum else key for key in _STATE[kind]]
+            first, second = (entries.get(key) for key in keys)
+            if any(key and not _usable(state, parameter) for key, state in zip(keys, (first, second))):
                 return "the optimizer's state is made by its first step, the general way"
+            step = entries.get("step")
             if kind != "sgd" and not (isinstance(step, Tensor) and step.dtype == torch.float32 and not step.dim()):
                 return "the optimizer's step count is not a float32 tensor"
-            found.group_of.append(group)
-            found.firsts.append(first)
-            found.seconds.append(second)
-            found.steps.append(step)
+            found.append(Entry(parameter, entries, group, first, second, step))
     return found
+
+
+def _still(found: list[Entry], network: Whole, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether what was found the last time is still all there: the tensors themselves, in the same places."""
+    first_key, second_key = _STATE[_NAMES[type(optimizer)]]
+    state, position = optimizer.state, 0
+    for weight, bias in zip(network.weights, network.biases):
+        for parameter in (weight,) if bias is None else (weight, bias):
+            if position == len(found):
+                return False
+            known, entries = found[position], state.get(parameter)
+            position += 1
+            if known.parameter is not parameter or known.entries is not entries or not parameter.requires_grad:
+                return False
+            if known.first is not None and entries.get(first_key or "") is not known.first:
+                return False
+            if known.second is not None and entries.get(second_key or "") is not known.second:
+                return False
+            if known.step is not None and entries.get("step") is not known.step:
+                return False
+    return position == len(found)
+
+
+def _shape(optimizer: torch.optim.Optimizer) -> list[tuple[int, bool]]:
+    """What decides which state an optimizer's parameters have: the sizes of its groups, and who has momentum."""
+    return [(len(group["params"]), bool(group.get("momentum", 0.0))) for group in optimizer.param_groups]
+
+
+def _accumulate_hooks(parameter: Tensor) -> bool:
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _usable(state: Any, parameter: Tensor) -> bool:
