@@ -14,7 +14,7 @@ def facts() -> dict[str, str]:
     from mlpkit import _build_config as built
     from mlpkit._ext import _C
 
-    cuda = "not built"
+    cuda = f"not built: {built.CUDA_MISSING or 'MLPKIT_CUDA=OFF'}"
     if built.CUDA:
         cuda = f"built with nvcc {built.CUDA_COMPILER} for {built.CUDA_ARCHITECTURES.replace(';', ', ')}"
     return {
