@@ -15,7 +15,7 @@ PACKAGE, NATIVE = ROOT / "mlpkit", ROOT / "csrc"
 
 # Imports point down, or stay on one floor.
 FLOORS = [
-    {"errors", "_C", "_events", "_ext", "_files", "__init__"},
+    {"errors", "_C", "_events", "_ext", "__init__"},
     {"ops", "reference"},
     {"functional"},
     {"nn", "init"},

@@ -56,29 +56,38 @@ MLPKIT_HD F sqrt(F x) {
   return SquareRoot<F>::of(x);
 }
 
-// exp(x + y) = 2^n exp(r),  n = round(x / ln 2),  |r| <= ln(2) / 2 + |y|, for a |y| of at most a few hundredths: a
-// second part carries what x could not hold.
+// exp(x) = 2^n exp(r),  n = round(x / ln 2),  |r| <= ln(2) / 2. `shifted` is n plus 1.5 * 2^23, whose low bits are n as
+// an integer.
 template <class F>
-MLPKIT_HD F exp(F x, F y) {
+MLPKIT_HD F exp_of_rest(F r) {
+  F q = r * 0.0013814429f + 0.0083687971f;
+  q = q * r + 0.0416683959f;
+  q = q * r + 0.1666651997f;
+  q = q * r + 0.4999999340f;
+  return (q * r) * r + r + 1.f;
+}
+template <class F>
+MLPKIT_HD F exp(F x) {
   using I = typename IntOf<F>::type;
   const F high = x > 89.f ? 89.f : x;
   const F clamped = high < -104.f ? -104.f : high;
   const F shifted = clamped * 1.44269504f + 12582912.f;
   const F n = shifted - 12582912.f;
-  const F r = ((clamped - n * 0.693359375f) + n * 2.12194440e-4f) + y;
-  F q = r * 0.0013814429f + 0.0083687971f;
-  q = q * r + 0.0416683959f;
-  q = q * r + 0.1666651997f;
-  q = q * r + 0.4999999340f;
-  const F p = (q * r) * r + r + 1.f;
+  const F p = exp_of_rest((clamped - n * 0.693359375f) + n * 2.12194440e-4f);
   const I whole = bits_as<I>(shifted) - 0x4b400000;
   const I half = whole >> 1;
   const F result = p * bits_as<F>((half + 127) << 23) * bits_as<F>((whole - half + 127) << 23);
   return x > 89.f ? x * 3.0e38f : (x < -104.f ? 0.f : result);
 }
+// exp(x + y) for -85 <= x <= 0 and a |y| of at most a few hundredths: the second part carries what x could not hold,
+// and nothing can overflow or become subnormal.
 template <class F>
-MLPKIT_HD F exp(F x) {
-  return exp(x, F{});
+MLPKIT_HD F exp_of_negative(F x, F y) {
+  using I = typename IntOf<F>::type;
+  const F shifted = x * 1.44269504f + 12582912.f;
+  const F n = shifted - 12582912.f;
+  const F p = exp_of_rest(((x - n * 0.693359375f) + n * 2.12194440e-4f) + y);
+  return p * bits_as<F>((bits_as<I>(shifted) - (0x4b400000 - 127)) << 23);
 }
 MLPKIT_HD double exp(double x) { return ::exp(x); }
 
@@ -128,9 +137,10 @@ MLPKIT_HD Normal<F> normal(F x) {
   const F center = 0.5f + 0.5f * (u * s);
 
   const F a = absolute(x);
-  const F b = a > 15.f ? 15.f : a;
+  const F b = a > 13.f ? 13.f : a;
   const F head = bits_as<F>(bits_as<I>(b) & ~0xfff);
-  const F bell = exp(head * head * -0.5f, (b - head) * (b + head) * -0.5f);
+  const F inside = exp_of_negative(head * head * -0.5f, (b - head) * (b + head) * -0.5f);
+  const F bell = a > 13.f ? 0.f : inside;
   const F w = 1.f / (1.f + 0.25f * b);
   F q = w * 0.0329153332f - 0.1906524648f;
   q = q * w + 0.3821857923f;
