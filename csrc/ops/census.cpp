@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/census.h"
+#include "ops/dtype.h"
 
 namespace mlpkit {
 namespace {
@@ -16,22 +17,6 @@ using CensusTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 constexpr int64_t kColumns = sizeof(CensusCounts) / sizeof(int64_t);
 constexpr int64_t kChunk = 1 << 16;  // elements a thread takes at once
-
-Dtype dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return Dtype::float64;
-    case at::kFloat:
-      return Dtype::float32;
-    case at::kBFloat16:
-      return Dtype::bfloat16;
-    case at::kHalf:
-      return Dtype::float16;
-    default:
-      TORCH_CHECK_TYPE(false, "census: the tensor is ", tensor.scalar_type(),
-                       "; it must be float64, float32, bfloat16 or float16");
-  }
-}
 
 // Adds the census of a later range, which begins at element `offset`.
 void merge(CensusResult& total, const CensusResult& part, int64_t offset) {
@@ -53,7 +38,7 @@ void merge(CensusResult& total, const CensusResult& part, int64_t offset) {
 
 CensusResult census_of(const at::Tensor& tensor, bool histogram) {
   const at::Tensor dense = tensor.contiguous();
-  const Dtype dtype = dtype_of(dense);
+  const Dtype dtype = dtype_of("census", "the tensor", dense);
   const int64_t count = dense.numel(), chunks = (count + kChunk - 1) / kChunk;
   const char* data = static_cast<const char*>(dense.const_data_ptr());
   std::vector<CensusResult> parts(chunks);

@@ -7,6 +7,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "ops/dtype.h"
+
 namespace mlpkit {
 namespace {
 
@@ -18,22 +20,6 @@ constexpr NamedActivation kActivations[] = {
     {"identity", Activation::identity}, {"relu", Activation::relu},       {"leaky_relu", Activation::leaky_relu},
     {"prelu", Activation::prelu},       {"gelu", Activation::gelu},       {"gelu_tanh", Activation::gelu_tanh},
     {"silu", Activation::silu},         {"sigmoid", Activation::sigmoid}, {"tanh", Activation::tanh}};
-
-Dtype dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble:
-      return Dtype::float64;
-    case at::kFloat:
-      return Dtype::float32;
-    case at::kBFloat16:
-      return Dtype::bfloat16;
-    case at::kHalf:
-      return Dtype::float16;
-    default:
-      TORCH_CHECK_TYPE(false, "linear_act_dropout: x is ", x.scalar_type(),
-                       "; it must be float64, float32, bfloat16 or float16");
-  }
-}
 
 void check_like(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), "linear_act_dropout: ", name, " is ", tensor.scalar_type(),
@@ -65,7 +51,7 @@ LinearActDropout check_linear_act_dropout(const at::Tensor& x, const at::Tensor&
   LinearActDropout op;
   op.activation = activation_from_name(activation);
   visit_activation(op.activation, [&](auto formula) { op.needs = decltype(formula)::needs; });
-  op.dtype = dtype_of(x);
+  op.dtype = dtype_of("linear_act_dropout", "x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1, "linear_act_dropout: x has no dimensions; it must be (..., in_features)");
   TORCH_CHECK_VALUE(weight.dim() == 2, "linear_act_dropout: weight has ", weight.dim(),
                     " dimensions; it must be (out_features, in_features)");
