@@ -142,17 +142,20 @@ def test_a_backward_overflow_of_the_fused_layer_is_mapped_to_its_module():
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_history_holds_the_unscaled_loss_of_a_guarded_step(accumulate):
-    model = nn.Linear(4, 1)
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_the_history_holds_the_unscaled_loss_of_a_guarded_step(loss, accumulate):
+    model = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    step = TrainStep(model, "mse", optimizer, precision="fp16", accumulate=accumulate, init_scale=1024.0)
+    step = TrainStep(model, loss, optimizer, precision="fp16", accumulate=accumulate, init_scale=1024.0)
+    # cross_entropy's operation gives the rows' weight, 64, beside the loss.
+    target = torch.full((64, 3), 3.0) if loss == "mse" else torch.zeros(64, dtype=torch.int64)
+    results = []
     with Tracer() as tracer:
         for _ in range(2 * accumulate):
-            step(torch.ones(2, 4), torch.full((2, 1), 3.0))
+            results.append(step(torch.ones(64, 4), target).loss)
     assert not step.records
     losses = [value for _, value in tracer._observer.history.losses]
-    assert len(losses) == 2
-    assert all(1.0 < value < 100.0 for value in losses)
+    assert losses == [max(results[:accumulate]), max(results[accumulate:])]
 
 
 def test_the_history_holds_the_unscaled_loss_of_a_gradient_scaler():

@@ -139,6 +139,8 @@ class Observer:
             return
         scans = scan_all(written)
         record = self._record(call.name, written[0], place, self._parents, *scans)
+        if place.phase == "optimizer" and call.name == "mul":
+            record.multiplied = _number(call.args[0])
         if any(found.bad for found in scans):
             self._judge(call, record, written, scans)
         elif place.phase != "backward":
@@ -252,3 +254,10 @@ def _finite_operands(finding: Finding) -> bool:
 
 def _word(found: Scan) -> str:
     return "NaN" if found.nan else "Inf" if found.posinf else "-Inf" if found.neginf else ""
+
+
+def _number(value: object) -> float | None:
+    """The magnitude of a tensor that holds a single number, such as a loss."""
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        return None
+    return abs(float(value.detach()))

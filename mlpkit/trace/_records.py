@@ -63,6 +63,7 @@ class OpRecord:
     parents: tuple[OpRecord, ...] = ()
     zero: int = 0
     absmax: float = 0.0
+    multiplied: float | None = None  # magnitude of the number that a loss scale multiplied
     value: str = ""  # "", "NaN", "Inf" or "-Inf": the worst that the result holds
     subject: str = ""  # name of the parameter, buffer or input this record stands for or wrote to
     consumed: bool = False

@@ -85,11 +85,11 @@ class Sinks:
         """The magnitude of a loss before a loss scale multiplied it."""
         cell = self._ledger.find(root)
         record = cell.record if cell is not None else None
-        if record is None or record.place.phase != "optimizer":
-            return abs(float(root.detach()))
-        while record.place.phase == "optimizer" and record.parents:
-            record = record.parents[0]
-        return math.inf if record.value else record.absmax
+        value = abs(float(root.detach()))
+        while record is not None and record.place.phase == "optimizer":
+            value = value if record.multiplied is None else record.multiplied
+            record = record.parents[0] if record.parents else None
+        return value
 
     def backward_done(self) -> None:
         """A backward pass is over: remember the bad gradients it left, in case nobody clears or applies them."""
