@@ -281,7 +281,19 @@ def with_optimizer_hook(step):
     step.optimizer.register_step_post_hook(lambda *_: None)
 
 
+def with_another_memory(step):
+    weight = step.model.layers[0].weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+def with_a_forward_of_its_own(step):
+    original = step.model.layers[0].forward
+    step.model.layers[0].forward = lambda x, **options: original(x, **options)
+
+
 REASONS = {
+    with_another_memory: "not contiguous",
+    with_a_forward_of_its_own: "replaced",
     with_hook: "hook",
     with_gradient_hook: "gradient hook",
     frozen: "frozen",
@@ -297,6 +309,18 @@ def test_what_the_native_way_does_not_know_goes_the_general_way(change):
     step(*batch("cross_entropy", 0))
     assert step.path == "general"
     assert REASONS[change] in step.path_reason
+
+
+def test_a_weight_that_two_layers_share_is_updated_once():
+    torch.manual_seed(0)
+    model = MLP(7, (7, 7), 5)
+    model.layers[1].weight = model.layers[0].weight
+    step = TrainStep(model, "cross_entropy", torch.optim.Adam(model.parameters(), 1e-2))
+    for index in range(3):
+        step(*batch("cross_entropy", index))
+    assert step.path == "general"
+    assert "share" in step.path_reason
+    assert {int(entries["step"]) for entries in step.optimizer.state.values()} == {3}
 
 
 def test_parts_that_are_never_native_say_why():

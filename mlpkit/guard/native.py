@@ -160,7 +160,7 @@ def _not_now(
 
 def _changed(model: MLP) -> bool:
     hooked = model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks
-    return bool(hooked or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled())
+    return bool(hooked or "forward" in vars(model) or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled())
 
 
 class Entry(NamedTuple):
@@ -178,12 +178,14 @@ def _entries(network: Whole, optimizer: torch.optim.Optimizer) -> list[Entry] | 
     """State of every parameter as the native update takes it; a reason where a parameter has none yet or is unusual."""
     kind = _NAMES[type(optimizer)]
     groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    found = []
+    found: list[Entry] = []
     for weight, bias in zip(network.weights, network.biases):
         for parameter in (weight,) if bias is None else (weight, bias):
             group = groups.get(id(parameter))
-            if group is None or not parameter.requires_grad or not parameter.is_contiguous():
-                return "a parameter is frozen, not contiguous or not the optimizer's"
+            if group is None or not parameter.requires_grad or not _usable(parameter, parameter):
+                return "a parameter is frozen, not contiguous float32 on the CPU, or not the optimizer's"
+            if any(entry.parameter is parameter for entry in found):
+                return "two layers share a parameter, whose gradients would have to be summed"
             momentum = optimizer.param_groups[group].get("momentum", 0.0)
             if kind == "rmsprop" and momentum:
                 return "RMSprop's momentum is updated the general way"
@@ -210,6 +212,8 @@ def _still(found: list[Entry], network: Whole, optimizer: torch.optim.Optimizer)
             known, entries = found[position], state.get(parameter)
             position += 1
             if known.parameter is not parameter or known.entries is not entries or not parameter.requires_grad:
+                return False
+            if not _usable(parameter, parameter):  # `.data` may hold another memory than the last time
                 return False
             if known.first is not None and entries.get(first_key or "") is not known.first:
                 return False
