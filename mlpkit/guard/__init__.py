@@ -3,9 +3,9 @@
 Layer: on stock PyTorch alone; tells its steps to ``mlpkit._events``, imports nothing that listens.
 """
 
-from mlpkit.guard.losses import LOSSES
+from mlpkit.guard.losses import LOSSES, LossSpec, describe
 from mlpkit.guard.record import SkipRecord, StepResult
 from mlpkit.guard.scale import LossScale, ScaleChange
 from mlpkit.guard.step import TrainStep
 
-__all__ = ["LOSSES", "LossScale", "ScaleChange", "SkipRecord", "StepResult", "TrainStep"]
+__all__ = ["LOSSES", "LossScale", "LossSpec", "ScaleChange", "SkipRecord", "StepResult", "TrainStep", "describe"]

@@ -1,51 +1,57 @@
-"""The losses that a guarded step knows by name. Each takes (output, target) and returns the mean, a scalar."""
+"""The losses that a guarded step knows: its own by name, and torch's modules and functions with their settings.
+
+Each named loss takes (output, target) and returns the mean, a scalar; ``reduction="sum"`` gives the sum.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlpkit.errors import ArgumentError, ShapeError
 
 Loss = Callable[[Any, Any], Tensor]
+REDUCTIONS = ("mean", "sum")
 
 
-def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     """Same as ``F.cross_entropy``: output are logits (rows, classes, ...); target class indices or probabilities."""
-    return F.cross_entropy(_wide(output), target)
+    return F.cross_entropy(_wide(output), target, reduction=reduction)
 
 
-def bce(output: Tensor, target: Tensor) -> Tensor:
+def bce(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     """Same as ``F.binary_cross_entropy_with_logits``: output are logits; target in [0, 1], any dtype, same shape."""
-    return F.binary_cross_entropy_with_logits(*_pair(output, target, "bce"))
+    return F.binary_cross_entropy_with_logits(*_pair(output, target, "bce"), reduction=reduction)
 
 
-def mse(output: Tensor, target: Tensor) -> Tensor:
+def mse(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     """Same as ``F.mse_loss``, but shapes must be equal: broadcasting (N, 1) with (N,) compares all pairs."""
-    return F.mse_loss(*_pair(output, target, "mse"))
+    return F.mse_loss(*_pair(output, target, "mse"), reduction=reduction)
 
 
-def l1(output: Tensor, target: Tensor) -> Tensor:
+def l1(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     """Same as ``F.l1_loss``; shapes must be equal."""
-    return F.l1_loss(*_pair(output, target, "l1"))
+    return F.l1_loss(*_pair(output, target, "l1"), reduction=reduction)
 
 
-def huber(output: Tensor, target: Tensor) -> Tensor:
+def huber(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     """Same as ``F.huber_loss`` with delta 1; shapes must be equal."""
-    return F.huber_loss(*_pair(output, target, "huber"))
+    return F.huber_loss(*_pair(output, target, "huber"), reduction=reduction)
 
 
-def log_mse(output: Tensor, target: Tensor) -> Tensor:
-    """Mean of (log(output) - log(target))^2, for relative errors; both must be positive, or the step is skipped."""
+def log_mse(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    """The mean of (log(output) - log(target))^2, for relative errors; both must be positive, or the step is skipped."""
     wide, same = _pair(output, target, "log_mse")
-    return F.mse_loss(torch.log(wide), torch.log(same))
+    return F.mse_loss(torch.log(wide), torch.log(same), reduction=reduction)
 
 
-LOSSES: dict[str, Loss] = {
+LOSSES: Final[dict[str, Loss]] = {
     "cross_entropy": cross_entropy,
     "bce": bce,
     "mse": mse,
@@ -53,6 +59,70 @@ LOSSES: dict[str, Loss] = {
     "huber": huber,
     "log_mse": log_mse,
 }
+
+
+@dataclass(frozen=True, eq=False)
+class LossSpec:
+    """What a loss computes, in one form for all the ways to ask for it.
+
+    kind: a key of ``LOSSES``. reduction: ``"mean"`` or ``"sum"``. The rest as the loss module of torch defines it, at
+    its default where the kind has no such setting: label_smoothing and ignore_index of cross_entropy; weight of
+    cross_entropy (one a class: its mean divides by the sum of the targets' weights) and of bce (broadcast to the
+    output); pos_weight of bce; delta of huber.
+    """
+
+    kind: str
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    weight: Tensor | None = None
+    pos_weight: Tensor | None = None
+    ignore_index: int = -100
+    delta: float = 1.0
+
+
+_FUNCTIONS: dict[Any, str] = {
+    **{function: name for name, function in LOSSES.items()},
+    F.cross_entropy: "cross_entropy",
+    F.binary_cross_entropy_with_logits: "bce",
+    F.mse_loss: "mse",
+    F.l1_loss: "l1",
+    F.huber_loss: "huber",
+}
+_MODULES: dict[type, tuple[str, tuple[str, ...]]] = {
+    nn.CrossEntropyLoss: ("cross_entropy", ("label_smoothing", "weight", "ignore_index")),
+    nn.BCEWithLogitsLoss: ("bce", ("weight", "pos_weight")),
+    nn.MSELoss: ("mse", ()),
+    nn.L1Loss: ("l1", ()),
+    nn.HuberLoss: ("huber", ("delta",)),
+}
+
+
+def describe(loss: object) -> LossSpec | None:
+    """What a loss argument computes where that is known, else None; a module's settings are read as they are now.
+
+    Known are the names and functions of ``LOSSES``, the functions of ``torch.nn.functional`` for them (either also in a
+    ``functools.partial`` that sets the reduction alone), and ``nn.CrossEntropyLoss``, ``nn.BCEWithLogitsLoss``,
+    ``nn.MSELoss``, ``nn.L1Loss`` and ``nn.HuberLoss`` themselves, without hooks. A reduction of "none" is none of them.
+    """
+    if isinstance(loss, str):
+        return LossSpec(loss) if loss in LOSSES else None
+    if isinstance(loss, nn.Module):
+        return _describe_module(loss)
+    function: object = loss
+    reduction = "mean"
+    if isinstance(loss, partial) and not loss.args and set(loss.keywords) == {"reduction"}:
+        function, reduction = loss.func, loss.keywords["reduction"]
+    kind = _FUNCTIONS.get(function) if isinstance(function, Hashable) else None
+    return LossSpec(kind, reduction) if kind and reduction in REDUCTIONS else None
+
+
+def _describe_module(loss: nn.Module) -> LossSpec | None:
+    known = _MODULES.get(type(loss))
+    hooked = loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks or loss._backward_pre_hooks
+    if known is None or hooked or "forward" in vars(loss) or loss.reduction not in REDUCTIONS:
+        return None
+    kind, settings = known
+    return LossSpec(kind, str(loss.reduction), **{name: getattr(loss, name) for name in settings})
 
 
 def resolve(loss: str | Loss | None) -> Loss | None:

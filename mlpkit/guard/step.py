@@ -15,7 +15,7 @@ from mlpkit.errors import ArgumentError, NonFiniteError
 from mlpkit.guard import bounds, census, checks
 from mlpkit.guard.census import Finding
 from mlpkit.guard.culprit import Evidence, forward_culprit, make_record, refuse_bad_state
-from mlpkit.guard.losses import LOSSES, Loss, own_loss, resolve
+from mlpkit.guard.losses import Loss, describe, own_loss, resolve
 from mlpkit.guard.native import NativeStep, Outcome
 from mlpkit.guard.record import SkipRecord, StepResult, Window
 from mlpkit.guard.replay import MicroBatch, random_state
@@ -32,7 +32,8 @@ class TrainStep:
     counts, scheduler and registered buffers bit for bit as they were. Random numbers stay consumed, the loss scale
     backs off where its gradients overflowed, and a ``SkipRecord`` names the culprit.
 
-    loss: ``cross_entropy | bce | mse | l1 | huber | log_mse``, a callable (output, target), or None: ``output.loss``.
+    loss: ``cross_entropy | bce | mse | l1 | huber | log_mse`` (their means), a callable (output, target) such as
+    ``nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum")``, or None: ``output.loss``.
     precision: ``"fp32"`` as the model is; ``"fp16"``, ``"bf16"``: autocast over float32 parameters. clip_norm: largest
     global gradient norm. accumulate: calls that make one step, their losses averaged. scheduler: moves on taken steps.
     init_scale: first loss scale (fp16), or a ``LossScale``. on_nonfinite: ``"skip"``, or ``"raise"`` NonFiniteError.
@@ -104,7 +105,7 @@ class TrainStep:
             raise ArgumentError(
                 "TrainStep: a target came, but loss=None takes the output's .loss; put it into the inputs"
             )
-        if target is None and self._loss in LOSSES.values():
+        if target is None and describe(self._loss):
             raise ArgumentError("TrainStep: no target came; call step(inputs, target), or give loss=None or a callable")
         checks.check_settings(self.optimizer)
         outcome = self._native.attempt(inputs, target, self.clip_norm, self._show)
