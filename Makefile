@@ -11,9 +11,9 @@ VENV := .venv
 endif
 BIN := $(VENV)/bin
 STAMP := build/stamps/$(subst /,_,$(abspath $(VENV)))
-CLANG_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | sort)
+CLANG_FILES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | sort)
 
-.PHONY: demo test bench lint format cuda-check gpu clean
+.PHONY: demo test bench lint format cuda-check instructions gpu clean
 
 demo: $(STAMP).all
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -41,6 +41,10 @@ format: $(STAMP).lint
 cuda-check: $(STAMP).core
 	$(BIN)/cmake -S . -B build/cuda-check -G Ninja -DMLPKIT_CUDA_CHECK=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	$(BIN)/cmake --build build/cuda-check --target mlpkit_cuda
+
+# Counts the instructions of the AVX2 kernels anew and writes the numbers that the tests hold them to. Needs valgrind.
+instructions: $(STAMP).test
+	$(BIN)/python tests/test_native_instructions.py --update
 
 # On a machine with a GPU: build, GPU tests and GPU benchmarks in one go; installs nothing, uses the python it finds.
 gpu:

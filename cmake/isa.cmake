@@ -1,5 +1,6 @@
 # CPU kernels, compiled once for each instruction set into a namespace of its own; csrc/cpu/capability.cpp chooses at run time.
 # Value-changing flags stay away; these two only say that nobody reads errno or floating-point exception flags.
+set(MLPKIT_CSRC ${CMAKE_CURRENT_LIST_DIR}/../csrc)
 set(MLPKIT_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-maybe-uninitialized)
 set(MLPKIT_ISA_default)
 set(MLPKIT_ISA_avx2 -mavx2 -mfma -mf16c)
@@ -12,14 +13,14 @@ endif()
 
 # Kernels named *_kernel.cpp are compiled for every set; *_avx512_bf16.cpp holds what only that one has.
 function(mlpkit_add_isa_kernels target)
-  file(GLOB bf16 CONFIGURE_DEPENDS csrc/cpu/*_avx512_bf16.cpp)
+  file(GLOB bf16 CONFIGURE_DEPENDS ${MLPKIT_CSRC}/cpu/*_avx512_bf16.cpp)
   foreach(isa IN LISTS MLPKIT_ISAS)
     set(sources ${ARGN})
     if(isa STREQUAL avx512_bf16)
       set(sources ${bf16})
     endif()
     add_library(mlpkit_${isa} OBJECT ${sources})
-    target_include_directories(mlpkit_${isa} PRIVATE csrc)
+    target_include_directories(mlpkit_${isa} PRIVATE ${MLPKIT_CSRC})
     target_compile_options(mlpkit_${isa} PRIVATE ${MLPKIT_KERNEL_FLAGS} ${MLPKIT_ISA_${isa}})
     target_compile_definitions(mlpkit_${isa} PRIVATE MLPKIT_ISA=isa_${isa})
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:mlpkit_${isa}>)
