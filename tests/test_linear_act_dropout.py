@@ -98,28 +98,33 @@ def test_on_cuda_any_strides_err_no_more_than_stock(layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
-def test_65536_terms_of_one_sign_are_summed_as_if_exactly(dtype, device):
+def test_65536_terms_of_one_sign_are_summed_as_if_exactly(dtype, device, cpu_capability):
     """An accumulator of the low dtype stalls at 256 (bf16) or 2048 (fp16) terms; a single fp32 chain drifts."""
     terms = 65536
-    ours, exact = [], []
+    results = {"y": [], "gradient of x": [], "gradient of weight": [], "gradient of bias": []}
     for seed in SEEDS:
         generator = torch.Generator().manual_seed(seed)
-        x, weight, dy = (
+        few, many, columns = (
             (torch.rand(size, generator=generator) / 64 + 1 / 64).to(dtype)
             for size in [(2, terms), (3, terms), (terms, 3)]
         )
+        exact = few.double() @ many.double().T
+        # A layer of 65536 inputs, one of 65536 outputs, and one of 65536 rows.
+        wide = linear_act_dropout(few.to(device), many.to(device))
+        results["y"].append((wide, exact))
+        x = torch.ones(2, 3, dtype=dtype, device=device, requires_grad=True)
+        tall = linear_act_dropout(x, many.T.contiguous().to(device), activation="identity")
+        tall.backward(few.to(device))
+        results["gradient of x"].append((x.grad, exact))
+        weight = torch.ones(3, 2, dtype=dtype, device=device, requires_grad=True)
         bias = torch.zeros(3, dtype=dtype, device=device, requires_grad=True)
-        wide = x.T.contiguous().to(device)
-        narrow = torch.ones(3, 2, dtype=dtype, device=device, requires_grad=True)
-        ours.append(linear_act_dropout(x.to(device), weight.to(device)).detach().cpu())
-        exact.append(x.double() @ weight.double().T)
-        linear_act_dropout(wide, narrow, bias, activation="identity").backward(dy.to(device))
-        ours[-1] = torch.cat([ours[-1].flatten(), narrow.grad.cpu().flatten(), bias.grad.cpu()])
-        exact[-1] = torch.cat([exact[-1].flatten(), (dy.double().T @ x.double().T).flatten(), dy.double().sum(0)])
-    for part, name in enumerate(["y", "gradient of weight", "gradient of bias"]):
-        pieces = slice(6 * part, 6 * part + 6)
-        rounded = [c[pieces].to(dtype) for c in exact]
-        assert_no_worse_than([a[pieces] for a in ours], rounded, [c[pieces] for c in exact], name)
+        deep = linear_act_dropout(few.T.contiguous().to(device), weight, bias, activation="identity")
+        deep.backward(columns.to(device))
+        results["gradient of weight"].append((weight.grad, columns.double().T @ few.double().T))
+        results["gradient of bias"].append((bias.grad, columns.double().sum(0)))
+    for name, pairs in results.items():
+        ours, exact = ([pair[part].detach().cpu() for pair in pairs] for part in (0, 1))
+        assert_no_worse_than(ours, [c.to(dtype) for c in exact], exact, name)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])

@@ -61,9 +61,10 @@ def test_on_cuda_special_values_come_out_as_on_the_cpu(activation, dtype, p):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("p", [0.0, P, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_slopes_at_special_values_are_those_of_stock_pytorch(activation, dtype, cpu_capability):
+def test_slopes_at_special_values_are_those_of_stock_pytorch(activation, dtype, p, cpu_capability):
     """dz = dy (m act'(z)) with dy = 1, read off the gradient of the bias over a single row."""
     x, weight = special_rows(dtype)
     for row in range(len(SPECIAL)):
@@ -71,7 +72,7 @@ def test_slopes_at_special_values_are_those_of_stock_pytorch(activation, dtype, 
         for function in (linear_act_dropout, stock):
             bias = torch.zeros(33, dtype=dtype, requires_grad=True)
             y = function(
-                x[row : row + 1], weight, bias, activation=activation, p=P, seed=SEED, **extras(activation, dtype)
+                x[row : row + 1], weight, bias, activation=activation, p=p, seed=SEED, **extras(activation, dtype)
             )
             y.backward(torch.ones_like(y))
             results.append(bias.grad)
@@ -79,25 +80,25 @@ def test_slopes_at_special_values_are_those_of_stock_pytorch(activation, dtype, 
         assert torch.equal(classes(ours), classes(theirs)), f"act'({SPECIAL[row]}): ours {ours}, stock {theirs}"
 
 
-@pytest.mark.parametrize("planted", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("p", [0.0, P, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_special_dy_is_multiplied_and_never_skipped(activation, planted):
+def test_a_special_dy_is_multiplied_and_never_skipped(activation, dtype, p, cpu_capability):
     """dz = dy (m act'(z)): Inf times a dropped or dead 0 is NaN, NaN stays NaN."""
-    x = torch.linspace(-2, 2, 21).unsqueeze(1)
-    weight = torch.ones(33, 1)
-    keep, scale = dropout_mask(21, 33, P, SEED)
-    z = x.expand(21, 33).clone().requires_grad_()
-    (slope,) = torch.autograd.grad(activate(z, activation, **extras(activation, torch.float32)).sum(), z)
-    expected = planted * (keep * scale * slope)
-    for row in range(21):
-        bias = torch.zeros(33, requires_grad=True)
-        batch = torch.zeros(21, 33)
-        y = linear_act_dropout(
-            x, weight, bias, activation=activation, p=P, seed=SEED, **extras(activation, torch.float32)
-        )
-        batch[row] = planted
-        y.backward(batch)
-        assert torch.equal(classes(bias.grad), classes(expected[row]))
+    rows, cols = 21, 33
+    x = torch.linspace(-2, 2, rows).to(dtype).unsqueeze(1)
+    weight = torch.ones(cols, 1, dtype=dtype)
+    keep, scale = dropout_mask(rows, cols, p, SEED)
+    z = x.repeat(1, cols).requires_grad_()
+    (slope,) = torch.autograd.grad(activate(z, activation, **extras(activation, dtype)).sum(), z)
+    for planted in (math.nan, math.inf, -math.inf):
+        batch = torch.zeros(rows, cols, dtype=dtype)
+        for row in range(rows):
+            bias = torch.zeros(cols, dtype=dtype, requires_grad=True)
+            y = linear_act_dropout(x, weight, bias, activation=activation, p=p, seed=SEED, **extras(activation, dtype))
+            batch.zero_()[row] = planted
+            y.backward(batch)
+            assert torch.equal(classes(bias.grad), classes(planted * (keep[row] * scale * slope[row])))
 
 
 def test_relus_slope_is_0_at_0_and_1_at_nan():
