@@ -9,13 +9,20 @@
 #include "ops/gemm.h"
 #include "ops/linear_act_dropout.h"
 #include "ops/mlp.h"
+#include "ops/mlp_norm.h"
 #include "ops/mlp_step.h"
+#include "ops/norm_act_dropout.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of mlpkit.";
   m.def("linear_act_dropout", &mlpkit::linear_act_dropout, py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("slope"), py::arg("seed"), py::arg("activation"), py::arg("negative_slope"), py::arg("p"),
         py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("norm_act_dropout", &mlpkit::norm_act_dropout, py::arg("z"), py::arg("weight"), py::arg("bias"),
+        py::arg("mean"), py::arg("variance"), py::arg("slope"), py::arg("seed"), py::arg("norm"), py::arg("eps"),
+        py::arg("activation"), py::arg("negative_slope"), py::arg("p"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "mlp",
@@ -28,6 +35,23 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("weights"), py::arg("biases"), py::arg("slopes"), py::arg("seed"), py::arg("activation"),
       py::arg("negative_slope"), py::arg("p"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "mlp_norm",
+      [](const at::Tensor& x, const std::vector<at::Tensor>& weights,
+         const std::vector<std::optional<at::Tensor>>& biases, const std::vector<std::optional<at::Tensor>>& slopes,
+         const std::vector<std::optional<at::Tensor>>& norm_weights,
+         const std::vector<std::optional<at::Tensor>>& norm_biases, const std::vector<std::optional<at::Tensor>>& means,
+         const std::vector<std::optional<at::Tensor>>& variances, const std::optional<at::Tensor>& seed,
+         std::string_view norm, double eps, std::string_view activation, double negative_slope,
+         const std::vector<double>& p) {
+        const auto list = [](const auto& tensors) { return c10::List<std::optional<at::Tensor>>(tensors); };
+        return mlpkit::mlp_norm(x, weights, list(biases), list(slopes), list(norm_weights), list(norm_biases),
+                                list(means), list(variances), seed, norm, eps, activation, negative_slope, p);
+      },
+      py::arg("x"), py::arg("weights"), py::arg("biases"), py::arg("slopes"), py::arg("norm_weights"),
+      py::arg("norm_biases"), py::arg("means"), py::arg("variances"), py::arg("seed"), py::arg("norm"), py::arg("eps"),
+      py::arg("activation"), py::arg("negative_slope"), py::arg("p"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "mlp_step",

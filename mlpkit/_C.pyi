@@ -11,6 +11,21 @@ def linear_act_dropout(
     p: float,
     stream: int,
 ) -> Tensor: ...
+def norm_act_dropout(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    slope: Tensor | None,
+    seed: Tensor | None,
+    norm: str,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    p: float,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def mlp(
     x: Tensor,
     weights: list[Tensor],
@@ -21,6 +36,22 @@ def mlp(
     negative_slope: float,
     p: list[float],
 ) -> Tensor: ...
+def mlp_norm(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    slopes: list[Tensor | None],
+    norm_weights: list[Tensor | None],
+    norm_biases: list[Tensor | None],
+    means: list[Tensor | None],
+    variances: list[Tensor | None],
+    seed: Tensor | None,
+    norm: str,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    p: list[float],
+) -> tuple[Tensor, Tensor]: ...
 def mlp_step(
     x: Tensor,
     target: Tensor,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mlpkit.errors import ArgumentError
 
-__all__ = ["ACTIVATIONS", "activate", "dropout_mask", "linear_act_dropout", "philox4x32"]
+__all__ = ["ACTIVATIONS", "activate", "dropout_mask", "linear_act_dropout", "norm_act_dropout", "philox4x32"]
 
 Words = npt.NDArray[np.uint32]
 
@@ -114,14 +114,53 @@ def linear_act_dropout(
     as often as its parts are. seed: an int s, which stands for (s, 0), or an int64 tensor (seed, offset).
     Raises ArgumentError when dropout is on and seed is None: the reference draws none.
     """
-    z = F.linear(x, weight, bias)
+    return _act_dropout(F.linear(x, weight, bias), activation, slope, p if training else 0.0, seed, stream)
+
+
+def norm_act_dropout(
+    z: Tensor,
+    norm: str | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    slope: float | Tensor | None = None,
+    p: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """Same as ``act(F.batch_norm(z, ...)) * keep * scale``, or with ``F.layer_norm``, or with no norm.
+
+    z: (..., features), whose leading dimensions are rows; arguments as ``functional.norm_act_dropout``'s, and the
+    running averages are moved as there. Differentiable as often as its parts are. Raises ArgumentError as
+    ``linear_act_dropout`` here, and for an unknown norm.
+    """
+    if norm not in (None, "batch", "layer"):
+        raise ArgumentError(f"reference.norm_act_dropout: norm is {norm!r}; it must be batch, layer or None")
+    u = z
+    if norm == "layer":
+        u = F.layer_norm(z, z.shape[-1:], weight, bias, eps)
+    elif norm == "batch":
+        rows = z.reshape(-1, z.shape[-1])
+        u = F.batch_norm(rows, running_mean, running_var, weight, bias, training, momentum, eps).reshape(z.shape)
+    return _act_dropout(u, activation, slope, p if training else 0.0, seed, stream)
+
+
+def _act_dropout(
+    z: Tensor, activation: str, slope: float | Tensor | None, p: float, seed: int | Tensor | None, stream: int
+) -> Tensor:
     rows, cols = math.prod(z.shape[:-1]), z.shape[-1]
     # F.prelu looks for its channels in dimension 1; the features here are in the last one.
     y = activate(z.reshape(rows, cols), activation, slope).reshape(z.shape)
-    if not training or _threshold(p) == 0:
+    if _threshold(p) == 0:
         return y
     if seed is None:
-        raise ArgumentError("reference.linear_act_dropout: seed is None, but with p > 0 the reference wants one given")
+        raise ArgumentError("reference: seed is None, but with p > 0 the reference wants one given")
     key, offset = (int(seed), 0) if not isinstance(seed, Tensor) else (int(word) for word in seed.tolist())
     keep, scale = dropout_mask(rows, cols, p, key, offset, stream)
     # A product and no torch.where: a dropped Inf is NaN, as in stock dropout. The scale multiplies as a Python number,

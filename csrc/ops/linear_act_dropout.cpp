@@ -30,13 +30,47 @@ void check_like(const char* name, const at::Tensor& tensor, const at::Tensor& x)
 
 }  // namespace
 
-Activation activation_from_name(std::string_view name) {
+Activation activation_from_name(std::string_view name, const char* op) {
   std::string known;
   for (const auto& entry : kActivations) {
     if (entry.name == name) return entry.activation;
     known.append(known.empty() ? "" : ", ").append(entry.name);
   }
-  TORCH_CHECK_VALUE(false, "linear_act_dropout: activation is '", name, "'; it must be one of ", known);
+  TORCH_CHECK_VALUE(false, op, ": activation is '", name, "'; it must be one of ", known);
+}
+
+void check_slope_is_there(const char* name, const LinearActDropout& op, const OptionalTensor& slope) {
+  TORCH_CHECK_VALUE(slope.has_value() == (op.activation == Activation::prelu), name, ": a slope tensor ",
+                    slope ? "was given" : "is missing", "; prelu takes one and the other activations do not");
+  if (slope)
+    TORCH_CHECK_VALUE(slope->dim() <= 1 && (slope->numel() == 1 || slope->numel() == op.cols), name,
+                      ": slope has shape ", slope->sizes(), "; it must have 1 or ", op.cols, " elements");
+}
+
+void take_dropout(const char* name, LinearActDropout& op, double p) {
+  TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, name, ": p is ", p, "; it must lie in [0, 1]");
+  op.threshold = dropout_threshold(p);
+  op.scale = dropout_scale(op.threshold);
+}
+
+void check_mask_source(const char* name, const LinearActDropout& op, double p, const OptionalTensor& seed,
+                       at::Device device, int64_t stream) {
+  if (op.draws()) {
+    TORCH_CHECK_VALUE(seed.has_value(), name, ": seed is missing; p = ", p, " needs an int64 tensor (seed, offset)");
+    TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, name, ": seed is ", seed->scalar_type(), "; it must be int64");
+    TORCH_CHECK_VALUE(seed->dim() == 1 && seed->size(0) == 2, name, ": seed has shape ", seed->sizes(),
+                      "; it must be (2): seed and offset");
+    TORCH_CHECK_VALUE(seed->device() == device, name, ": seed is on ", seed->device(), "; it must be on the input's ",
+                      device);
+  }
+  TORCH_CHECK_VALUE(stream >= 0 && stream <= UINT32_MAX, name, ": stream is ", stream, "; it must lie in [0, 2^32)");
+}
+
+void check_bits(const char* name, const LinearActDropout& op, const at::Tensor& bits, at::Device device) {
+  TORCH_CHECK_VALUE(bits.scalar_type() == at::kByte && bits.numel() == op.bits_bytes() && bits.is_contiguous() &&
+                        bits.device() == device,
+                    name, ": bits has ", bits.numel(), " elements of ", bits.scalar_type(), " on ", bits.device(),
+                    "; it must be the forward pass's, ", op.bits_bytes(), " bytes");
 }
 
 std::vector<int64_t> output_sizes(const at::Tensor& x, int64_t cols) {
@@ -49,7 +83,7 @@ LinearActDropout check_linear_act_dropout(const at::Tensor& x, const at::Tensor&
                                           const OptionalTensor& slope, const OptionalTensor& seed,
                                           std::string_view activation, double p, int64_t stream) {
   LinearActDropout op;
-  op.activation = activation_from_name(activation);
+  op.activation = activation_from_name(activation, "linear_act_dropout");
   visit_activation(op.activation, [&](auto formula) { op.needs = decltype(formula)::needs; });
   op.dtype = dtype_of("linear_act_dropout", "x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1, "linear_act_dropout: x has no dimensions; it must be (..., in_features)");
@@ -67,29 +101,10 @@ LinearActDropout check_linear_act_dropout(const at::Tensor& x, const at::Tensor&
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == op.cols, "linear_act_dropout: bias has shape ",
                       bias->sizes(), "; it must be (", op.cols, ")");
   }
-  TORCH_CHECK_VALUE(slope.has_value() == (op.activation == Activation::prelu), "linear_act_dropout: a slope tensor ",
-                    slope ? "was given" : "is missing", "; prelu takes one and the other activations do not");
-  if (slope) {
-    check_like("slope", *slope, x);
-    TORCH_CHECK_VALUE(slope->dim() <= 1 && (slope->numel() == 1 || slope->numel() == op.cols),
-                      "linear_act_dropout: slope has shape ", slope->sizes(),
-                      "; it must have 1 or out_features = ", op.cols, " elements");
-  }
-  TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, "linear_act_dropout: p is ", p, "; it must lie in [0, 1]");
-  op.threshold = dropout_threshold(p);
-  op.scale = dropout_scale(op.threshold);
-  if (op.draws()) {
-    TORCH_CHECK_VALUE(seed.has_value(), "linear_act_dropout: seed is missing; p = ", p,
-                      " needs an int64 tensor (seed, offset)");
-    TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "linear_act_dropout: seed is ", seed->scalar_type(),
-                     "; it must be int64");
-    TORCH_CHECK_VALUE(seed->dim() == 1 && seed->size(0) == 2, "linear_act_dropout: seed has shape ", seed->sizes(),
-                      "; it must be (2): seed and offset");
-    TORCH_CHECK_VALUE(seed->device() == x.device(), "linear_act_dropout: seed is on ", seed->device(),
-                      "; it must be on x's ", x.device());
-  }
-  TORCH_CHECK_VALUE(stream >= 0 && stream <= UINT32_MAX, "linear_act_dropout: stream is ", stream,
-                    "; it must lie in [0, 2^32)");
+  if (slope) check_like("slope", *slope, x);
+  check_slope_is_there("linear_act_dropout", op, slope);
+  take_dropout("linear_act_dropout", op, p);
+  check_mask_source("linear_act_dropout", op, p, seed, x.device(), stream);
   return op;
 }
 
@@ -97,9 +112,7 @@ LinearActDropout check_linear_act_dropout_backward(const at::Tensor& dy, const a
                                                    const OptionalTensor& slope, const at::Tensor& z,
                                                    const at::Tensor& bits, std::string_view activation, double p) {
   LinearActDropout op = check_linear_act_dropout(x, weight, std::nullopt, slope, std::nullopt, activation, 0.0, 0);
-  TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, "linear_act_dropout_backward: p is ", p, "; it must lie in [0, 1]");
-  op.threshold = dropout_threshold(p);
-  op.scale = dropout_scale(op.threshold);
+  take_dropout("linear_act_dropout_backward", op, p);
   const std::vector<int64_t> sizes = output_sizes(x, op.cols);
   check_like("dy", dy, x);
   TORCH_CHECK_VALUE(dy.sizes() == at::IntArrayRef(sizes), "linear_act_dropout_backward: dy has shape ", dy.sizes(),
@@ -109,10 +122,7 @@ LinearActDropout check_linear_act_dropout_backward(const at::Tensor& dy, const a
     TORCH_CHECK_VALUE(z.sizes() == dy.sizes() && z.is_contiguous(), "linear_act_dropout_backward: z has shape ",
                       z.sizes(), "; it must be the forward pass's, ", dy.sizes());
   }
-  TORCH_CHECK_VALUE(bits.scalar_type() == at::kByte && bits.numel() == op.bits_bytes() && bits.is_contiguous() &&
-                        bits.device() == x.device(),
-                    "linear_act_dropout_backward: bits has ", bits.numel(), " elements of ", bits.scalar_type(), " on ",
-                    bits.device(), "; it must be the forward pass's, ", op.bits_bytes(), " bytes");
+  check_bits("linear_act_dropout_backward", op, bits, x.device());
   return op;
 }
 

@@ -44,7 +44,13 @@ LinearActDropout check_linear_act_dropout_backward(const at::Tensor& dy, const a
                                                    const OptionalTensor& slope, const at::Tensor& z,
                                                    const at::Tensor& bits, std::string_view activation, double p);
 
-Activation activation_from_name(std::string_view name);
+// Parts of these checks that other ops with an activation and dropout share; name is the op's, for the message.
+Activation activation_from_name(std::string_view activation, const char* name);
+void check_slope_is_there(const char* name, const LinearActDropout& op, const OptionalTensor& slope);
+void take_dropout(const char* name, LinearActDropout& op, double p);  // sets threshold and scale
+void check_mask_source(const char* name, const LinearActDropout& op, double p, const OptionalTensor& seed,
+                       at::Device device, int64_t stream);
+void check_bits(const char* name, const LinearActDropout& op, const at::Tensor& bits, at::Device device);
 
 // The operator, through the dispatcher: what pybind11 exposes as the quick eager path.
 at::Tensor linear_act_dropout(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from mlpkit.nn._block import NormActDropout
 from mlpkit.nn.layers import FusedLinear
 
 
@@ -50,6 +51,36 @@ def whole(layers: Iterable[nn.Module]) -> Whole | None:
     weights: list[Tensor] = [layer.weight for layer in fused]
     p = [layer.dropout if layer.training else 0.0 for layer in hidden]
     return Whole(weights, [layer.bias for layer in fused], activation, slope, p)
+
+
+def norms_of(blocks: Iterable[nn.Module]) -> dict[str, Any] | None:
+    """The arguments of ``functional.mlp`` that norms add or replace; None where a block must be called."""
+    known = []
+    rates = []
+    for block in blocks:
+        parts = None if type(block) is not NormActDropout or _hooked(block) else block.parts()
+        if parts is None:
+            return None
+        known.append(parts)
+        rates.append(block.rate)
+    first = known[0]
+    alike = {(one.norm, one.momentum, one.eps, one.frozen, one.activation) for one in known}
+    slopes = [one.slope for one in known]
+    if len(alike) > 1 or any(one != slopes[0] for one in slopes if isinstance(one, float)):
+        return None
+    return {
+        "norm": first.norm,
+        "norm_weights": [one.weight for one in known],
+        "norm_biases": [one.bias for one in known],
+        "running_means": [one.mean for one in known],
+        "running_vars": [one.var for one in known],
+        "momentum": first.momentum,
+        "eps": first.eps,
+        "frozen": first.frozen,
+        "activation": first.activation,
+        "slope": slopes if isinstance(slopes[0], Tensor) else slopes[0],
+        "p": rates,
+    }
 
 
 def _hooked(layer: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mlpkit.errors import ArgumentError
 from mlpkit.nn._arguments import size
+from mlpkit.nn._block import NormActDropout
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,10 @@ def _run(model: nn.Module, shape: tuple[int, ...], held: _Held, grad: bool) -> A
 
 @contextmanager
 def _hooks(model: nn.Module, held: _Held) -> Iterator[None]:
+    # A block of an MLP is one op, and would call its parts if they were hooked.
+    within = {part for block in model.modules() if isinstance(block, NormActDropout) for part in block}
     with ExitStack() as hooks:
-        for module in model.modules():
+        for module in set(model.modules()) - within:
             hooks.callback(module.register_forward_pre_hook(held.enter).remove)
             hooks.callback(module.register_forward_hook(held.leave).remove)
         yield

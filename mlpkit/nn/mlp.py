@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mlpkit import functional, init
 from mlpkit.errors import ArgumentError
 from mlpkit.nn._arguments import choice, probability, size
-from mlpkit.nn._whole import globally_hooked, whole
+from mlpkit.nn._block import NormActDropout
+from mlpkit.nn._whole import globally_hooked, norms_of, whole
 from mlpkit.nn.layers import ACTIVATIONS, STOCK, FusedLinear
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
@@ -26,9 +27,10 @@ class MLP(nn.Module):
 
     hidden: widths of the hidden layers; () is a linear model. dropout: a number, or one per hidden layer; none after
     the last layer. norm: ``"batch"`` or ``"layer"`` makes a hidden layer linear -> norm -> activation -> dropout, its
-    linear without a bias (the norm has one); activation and dropout are then PyTorch's own. init: a name from
-    ``mlpkit.init``; biases start at 0. In training one seed is drawn per forward from torch's generator, and hidden
-    layer i uses stream i of it, so masks differ between layers and ``torch.manual_seed`` repeats a run.
+    linear without a bias (the norm has one); ``blocks`` holds norm, activation and dropout as PyTorch's modules, which
+    are computed as one op. init: a name from ``mlpkit.init``; biases start at 0. In training one seed is drawn per
+    forward from torch's generator, and hidden layer i uses stream i of it, so masks differ between layers and
+    ``torch.manual_seed`` repeats a run.
     Raises ArgumentError naming the argument, what it was and what it must be.
     """
 
@@ -71,7 +73,7 @@ class MLP(nn.Module):
                 )
             )
             if hidden_layer and norm is not None:
-                block = nn.Sequential(_NORMS[norm](fan_out), STOCK[activation](), nn.Dropout(rates[index]))
+                block = NormActDropout(_NORMS[norm](fan_out), STOCK[activation](), nn.Dropout(rates[index]))
                 self.blocks.append(block.to(device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -80,26 +82,31 @@ class MLP(nn.Module):
         init.apply(self, self.init, generator=generator)
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> Tensor:
-        """Apply the network; ``seed`` (an int, or int64 seed and offset) fixes the masks of the fused layers."""
-        if seed is None and self.training and any(layer.dropout > 0 for layer in self._fused()):
+        """Apply the network; ``seed`` (an int, or int64 seed and offset) fixes the masks of its layers."""
+        if seed is None and self._draws():
             seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
-        network = None if self.blocks or globally_hooked() else whole(self.layers)
-        if network is not None:
-            weights, biases, activation, slope, p = network
-            return functional.mlp(x, weights, biases, activation=activation, slope=slope, p=p, seed=seed)
+        network = None if globally_hooked() else whole(self.layers)
+        norms: dict[str, Any] | None = norms_of(self.blocks) if network and self.blocks else {}
+        if network is not None and norms is not None:
+            arguments = network._asdict() | norms
+            y = functional.mlp(x, arguments.pop("weights"), arguments.pop("biases"), **arguments, seed=seed)
+            for block in self.blocks:
+                cast(NormActDropout, block).count()
+            return y
         for stream, layer in enumerate(self.layers):
             x = layer(x, seed=seed, stream=stream)
             if stream < len(self.blocks):
-                x = self._block(stream, x)
+                x = self.blocks[stream](x, seed=seed, stream=stream)
         return x
+
+    def _draws(self) -> bool:
+        # With norms the dropouts have modes of their own: the norms may be in eval alone.
+        if self.blocks:
+            return any(isinstance(block, NormActDropout) and block.rate > 0 for block in self.blocks)
+        return self.training and any(layer.dropout > 0 for layer in self._fused())
 
     def _fused(self) -> list[FusedLinear]:
         return [layer for layer in self.layers if isinstance(layer, FusedLinear)]
-
-    def _block(self, index: int, z: Tensor) -> Tensor:
-        # BatchNorm1d takes dimension 1 as features; rows of any leading shape become one row dimension.
-        result: Tensor = self.blocks[index](z.reshape(-1, z.shape[-1]))
-        return result.reshape(z.shape)
 
     def to_sequential(self) -> nn.Sequential:
         """Copy the network into an ordinary ``nn.Sequential`` of stock modules.

@@ -16,7 +16,8 @@ eager = _C.linear_act_dropout
 dispatched = torch.ops.mlpkit.linear_act_dropout.default
 
 
-def _bits_bytes(rows: int, cols: int, activation: str, p: float) -> int:
+def bits_bytes(rows: int, cols: int, activation: str, p: float) -> int:
+    """How many bytes of live bits are saved for a (rows, cols) output."""
     draws = 0 < int(p * 65536 + 0.5) < 65536
     planes = int(draws or activation == "relu") + int(activation == "leaky_relu")
     return planes * ((rows + 15) // 16) * ((cols + 15) // 16) * 32
@@ -45,7 +46,7 @@ def _forward_fake(
         rows = rows * size
     y = x.new_empty((*x.shape[:-1], cols))
     z = x.new_empty(y.shape if save and activation in NEEDS_PREACTIVATION else (0,))
-    bits = x.new_empty((_bits_bytes(rows, cols, activation, p) if save else 0,), dtype=torch.uint8)
+    bits = x.new_empty((bits_bytes(rows, cols, activation, p) if save else 0,), dtype=torch.uint8)
     return y, z, bits
 
 

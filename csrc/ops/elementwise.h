@@ -1,0 +1,121 @@
+// What the CPU sides of ops with an activation and dropout share: small tensors in the compute dtype, the mask's
+// arguments, the planes of saved bits, and sums of partial sums (ops).
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+#include <vector>
+
+#include "core/dropout_mask.h"
+#include "cpu/linear_act_dropout.h"
+#include "ops/linear_act_dropout.h"
+
+namespace mlpkit::elementwise {
+
+inline c10::ScalarType compute_type(Dtype dtype) { return dtype == Dtype::float64 ? at::kDouble : at::kFloat; }
+
+// Element `index` of a contiguous tensor.
+inline char* at_element(const at::Tensor& tensor, int64_t index) {
+  return static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + index * tensor.element_size();
+}
+inline const void* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+
+// A contiguous tensor in the compute dtype of `dtype`: a copy where a small tensor is something else.
+inline at::Tensor in_compute_dtype(const at::Tensor& tensor, Dtype dtype) {
+  const at::Tensor contiguous = tensor.contiguous();
+  if (contiguous.scalar_type() == compute_type(dtype)) return contiguous;
+  at::Tensor copy = at::empty(contiguous.sizes(), contiguous.options().dtype(at::kFloat));
+  cpu::convert({dtype, Dtype::float32, contiguous.const_data_ptr(), copy.mutable_data_ptr(), copy.numel()});
+  return copy;
+}
+inline at::Tensor in_compute_dtype(const OptionalTensor& tensor, Dtype dtype) {
+  return tensor ? in_compute_dtype(*tensor, dtype) : at::Tensor();
+}
+
+// prelu's slope as the kernels take it: one for each column, or a single number.
+struct Slopes {
+  at::Tensor by_column;
+  double single;
+  Slopes(const OptionalTensor& slope, double negative_slope, Dtype dtype) : single(negative_slope) {
+    if (!slope) return;
+    const at::Tensor values = in_compute_dtype(*slope, dtype);
+    if (slope->numel() > 1)
+      by_column = values;
+    else
+      single = dtype == Dtype::float64 ? *values.const_data_ptr<double>() : *values.const_data_ptr<float>();
+  }
+};
+
+// The two bit planes of a saved `bits` tensor; null where the op keeps none.
+struct BitPlanes {
+  uint16_t* keep = nullptr;
+  uint16_t* positive = nullptr;
+  BitPlanes(const LinearActDropout& op, const at::Tensor& bits) {
+    if (bits.numel() == 0) return;
+    char* base = at_element(bits, 0);
+    if (op.keeps_bits()) keep = reinterpret_cast<uint16_t*>(base);
+    if (op.keeps_sign()) positive = reinterpret_cast<uint16_t*>(base + (op.keeps_bits() ? op.plane_bytes() : 0));
+  }
+};
+
+inline Dropout dropout_of(const LinearActDropout& op, const OptionalTensor& seed, int64_t stream) {
+  Dropout dropout;
+  dropout.threshold = op.threshold;
+  dropout.scale = op.scale;
+  dropout.stream = static_cast<uint32_t>(stream);
+  if (op.draws() && seed) {
+    const at::Tensor state = seed->contiguous();
+    dropout.seed = static_cast<uint64_t>(state.const_data_ptr<int64_t>()[0]);
+    dropout.offset = static_cast<uint32_t>(state.const_data_ptr<int64_t>()[1]);
+  }
+  return dropout;
+}
+
+// A sum that carries its rounding error along (Neumaier 1974), in fp64.
+struct CarriedSum {
+  double sum = 0.0, carry = 0.0;
+  void add(double value) {
+    const double next = sum + value;
+    carry += std::abs(sum) >= std::abs(value) ? (sum - next) + value : (value - next) + sum;
+    sum = next;
+  }
+  // Where the sum is Inf or NaN, the carry is a meaningless NaN.
+  double value() const { return std::isfinite(sum) ? sum + carry : sum; }
+};
+
+// Sums over blocks of rows of per-block column sums [blocks, cols]: one a column, or (sums = 1) one of them all.
+inline std::vector<double> sum_blocks(const at::Tensor& partials, int64_t sums) {
+  const int64_t blocks = partials.size(0), cols = partials.size(1);
+  const bool doubles = partials.scalar_type() == at::kDouble;
+  const double* wide = doubles ? partials.const_data_ptr<double>() : nullptr;
+  const float* narrow = doubles ? nullptr : partials.const_data_ptr<float>();
+  std::vector<CarriedSum> carried(sums);
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t col = 0; col < cols; ++col) {
+      const int64_t i = block * cols + col;
+      carried[sums == 1 ? 0 : col].add(doubles ? wide[i] : narrow[i]);
+    }
+  std::vector<double> totals(sums);
+  for (int64_t i = 0; i < sums; ++i) totals[i] = carried[i].value();
+  return totals;
+}
+
+// A tensor like `like`, each number rounded once to its dtype, or once to float and then to 16 bits.
+inline at::Tensor rounded_like(const std::vector<double>& values, const at::Tensor& like, Dtype dtype) {
+  at::Tensor result = at::empty(like.sizes(), like.options());
+  if (like.scalar_type() == at::kDouble) {
+    std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
+    return result;
+  }
+  std::vector<float> floats(values.begin(), values.end());
+  if (like.scalar_type() == at::kFloat)
+    std::copy(floats.begin(), floats.end(), result.mutable_data_ptr<float>());
+  else
+    cpu::convert({Dtype::float32, dtype, floats.data(), result.mutable_data_ptr(), result.numel()});
+  return result;
+}
+
+}  // namespace mlpkit::elementwise

@@ -1,0 +1,7 @@
+"""Functions on tensors: what users call. Each opens with its stock PyTorch equivalent."""
+
+from mlpkit.functional._linear_act_dropout import linear_act_dropout
+from mlpkit.functional._mlp import mlp
+from mlpkit.functional._norm_act_dropout import norm_act_dropout
+
+__all__ = ["linear_act_dropout", "mlp", "norm_act_dropout"]
