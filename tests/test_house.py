@@ -106,7 +106,8 @@ def test_an_op_has_one_name_in_every_layer():
         sources = [path.read_text() for path in (NATIVE / "ops").glob(f"{op}*.cpp")]
         if any("TORCH_LIBRARY_IMPL(mlpkit, CPU" in source for source in sources):  # others are made of other ops
             places.append(f"csrc/cpu/{op}*")
-        if (NATIVE / "ops" / f"{op}_cuda.cpp").exists():
+        cuda = NATIVE / "ops" / f"{op}_cuda.cpp"
+        if cuda.exists() and f'"cuda/{op}.h"' in cuda.read_text():  # others use the kernels of other ops
             places.append(f"csrc/cuda/{op}.cu")
         for place in places:
             assert list(ROOT.glob(place)), f"{op} has no {place}"

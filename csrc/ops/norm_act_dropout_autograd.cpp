@@ -11,14 +11,17 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The mean and variance that a caller sees: those of the batch.
+// Asked of the arguments, since sizes may be symbols here: whether the statistics are those of this batch's columns,
+// which a caller then sees.
+bool finds_batch_statistics(std::string_view norm, const OptionalTensor& mean) { return norm == "batch" && !mean; }
+
 NormResult inference(const at::Tensor& z, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& mean, const OptionalTensor& variance, const OptionalTensor& slope,
                      const OptionalTensor& seed, std::string_view norm, double eps, std::string_view activation,
                      double negative_slope, double p, int64_t stream) {
   auto [y, own_mean, inverse, own_variance, bits] = norm_act_dropout_forward(
       z, weight, bias, mean, variance, slope, seed, norm, eps, activation, negative_slope, p, stream, false);
-  return {y, own_variance.numel() ? own_mean : at::empty_like(own_variance), own_variance};
+  return {y, finds_batch_statistics(norm, mean) ? own_mean : at::empty_like(own_variance), own_variance};
 }
 
 struct Node : torch::autograd::Function<Node> {
@@ -39,7 +42,7 @@ struct Node : torch::autograd::Function<Node> {
     ctx->saved_data["negative_slope"] = negative_slope;
     ctx->saved_data["p"] = p;
     // A copy: what is saved may not be an output as well.
-    const at::Tensor seen = own_variance.numel() ? own_mean.clone() : at::empty_like(own_variance);
+    const at::Tensor seen = finds_batch_statistics(norm, mean) ? own_mean.clone() : at::empty_like(own_variance);
     ctx->mark_non_differentiable({seen, own_variance});
     return {y, seen, own_variance};
   }

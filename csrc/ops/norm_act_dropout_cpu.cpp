@@ -33,16 +33,13 @@ struct Statistics {
   at::Tensor mean, inverse, variance;
 };
 
-void invert(const Statistics& statistics, double eps) {
-  const int64_t count = statistics.variance.numel();
-  if (statistics.variance.scalar_type() == at::kDouble)
-    for (int64_t i = 0; i < count; ++i)
-      statistics.inverse.mutable_data_ptr<double>()[i] =
-          inverse_deviation(statistics.variance.const_data_ptr<double>()[i], eps);
-  else
-    for (int64_t i = 0; i < count; ++i)
-      statistics.inverse.mutable_data_ptr<float>()[i] =
-          inverse_deviation(statistics.variance.const_data_ptr<float>()[i], eps);
+void invert(const at::Tensor& variance, const at::Tensor& inverse, double eps) {
+  for (int64_t i = 0; i < variance.numel(); ++i) {
+    if (variance.scalar_type() == at::kDouble)
+      inverse.mutable_data_ptr<double>()[i] = inverse_deviation(variance.const_data_ptr<double>()[i], eps);
+    else
+      inverse.mutable_data_ptr<float>()[i] = inverse_deviation(variance.const_data_ptr<float>()[i], eps);
+  }
 }
 
 template <class C>
@@ -85,23 +82,22 @@ void column_statistics(const NormActDropout& op, const at::Tensor& z, const Stat
 Statistics statistics_of(const NormActDropout& op, const at::Tensor& z, const OptionalTensor& mean,
                          const OptionalTensor& variance, double eps) {
   const auto options = z.options().dtype(compute_type(op.dtype));
-  const at::Tensor none = at::empty({0}, options);
-  if (op.norm == Norm::none) return {none, none, none};
-  Statistics found{at::empty({op.statistics()}, options), at::empty({op.statistics()}, options), none};
+  // Three tensors also where they are empty: results may not share memory.
+  const int64_t count = op.statistics();
+  Statistics found{at::empty({count}, options), at::empty({count}, options), at::empty({0}, options)};
+  if (op.norm == Norm::none) return found;
   if (op.norm == Norm::layer) return found;  // filled row by row, just before the row is used
   if (op.fixed) {
     found.mean.copy_(*mean);
-    found.variance = variance->to(options.dtype());
-    found.variance = found.variance.contiguous();
+    invert(in_compute_dtype(*variance, op.dtype), found.inverse, eps);
   } else {
     found.variance = at::empty({op.cols}, options);
     if (op.rows > 0)
       column_statistics(op, z, found);
     else
       for (const at::Tensor& tensor : {found.mean, found.variance}) tensor.zero_();
+    invert(found.variance, found.inverse, eps);
   }
-  invert(found, eps);
-  if (op.fixed) found.variance = none;
   return found;
 }
 
@@ -135,30 +131,43 @@ NormForwardResult forward(const at::Tensor& z, const OptionalTensor& weight, con
   return {y, statistics.mean, statistics.inverse, statistics.variance, bits};
 }
 
-// Column sums of one kind, in parts that each belong to a block of rows.
-struct ColumnSums {
-  at::Tensor parts;
+// Column sums of one kind, in parts that each belong to a block of rows; the totals are found once.
+class ColumnSums {
+ public:
   ColumnSums(const NormActDropout& op, bool wanted, const at::TensorOptions& options) {
     if (!wanted) return;
-    parts = at::empty({ceil_div(op.rows, kBlockRows), op.cols}, options);
-    std::memset(parts.mutable_data_ptr(), 0, parts.nbytes());
+    parts_ = at::empty({ceil_div(op.rows, kBlockRows), op.cols}, options);
+    std::memset(parts_.mutable_data_ptr(), 0, parts_.nbytes());
   }
   void* of(const Block& block) const {
-    return parts.defined() ? at_element(parts, block.row / kBlockRows * parts.size(1)) : nullptr;
+    return parts_.defined() ? at_element(parts_, block.row / kBlockRows * parts_.size(1)) : nullptr;
   }
-  std::vector<double> totals() const { return sum_blocks(parts, parts.size(1)); }
+  const std::vector<double>& totals() {
+    if (totals_.empty()) totals_ = sum_blocks(parts_, parts_.size(1));
+    return totals_;
+  }
+  // As the gradient of `like`, which has one element a column, or one for all.
+  at::Tensor gradient_of(const at::Tensor& like, Dtype dtype) {
+    const bool by_column = like.numel() == parts_.size(1);
+    return rounded_like(by_column ? totals() : sum_blocks(parts_, 1), like, dtype);
+  }
+
+ private:
+  at::Tensor parts_;
+  std::vector<double> totals_;
 };
 
 // mean(g) or mean(g x) of batch norm, from the column sums of du or du x,  g = du weight
-at::Tensor column_means(const NormActDropout& op, const ColumnSums& sums, const at::Tensor& weights) {
-  std::vector<double> totals = sums.totals();
+at::Tensor column_means(const NormActDropout& op, ColumnSums& sums, const at::Tensor& weights,
+                        const at::TensorOptions& options) {
+  std::vector<double> means = sums.totals();
   for (int64_t col = 0; col < op.cols; ++col) {
     const double weight = !weights.defined()           ? 1.0
                           : op.dtype == Dtype::float64 ? weights.const_data_ptr<double>()[col]
                                                        : weights.const_data_ptr<float>()[col];
-    totals[col] = totals[col] * weight / static_cast<double>(op.rows);
+    means[col] = means[col] * weight / static_cast<double>(op.rows);
   }
-  return rounded_like(totals, at::empty({op.cols}, sums.parts.options()), op.dtype);
+  return rounded_like(means, at::empty({op.cols}, options), op.dtype);
 }
 
 BackwardResult backward(const at::Tensor& dy, const at::Tensor& z, const OptionalTensor& weight,
@@ -171,9 +180,9 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& z, const Optiona
   const at::Tensor absent = at::empty({0}, options), inputs = z.contiguous(), dys = dy.contiguous();
   const bool taken = op.norm != Norm::none && !fixed;  // the statistics depend on z
   const bool by_batch = taken && op.norm == Norm::batch && needs[0];
-  const ColumnSums dbias(op, (needs[2] && bias) || by_batch, compute_options);
-  const ColumnSums dweight(op, (needs[1] && weight) || by_batch, compute_options);
-  const ColumnSums dslope(op, needs[3] && slope, compute_options);
+  ColumnSums dbias(op, (needs[2] && bias) || by_batch, compute_options);
+  ColumnSums dweight(op, (needs[1] && weight) || by_batch, compute_options);
+  ColumnSums dslope(op, needs[3] && slope, compute_options);
 
   const at::Tensor weights = in_compute_dtype(weight, op.dtype), biases = in_compute_dtype(bias, op.dtype);
   const Slopes slopes(slope, negative_slope, op.dtype);
@@ -196,17 +205,17 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& z, const Optiona
                                     slopes.single, data_or_null(slopes.by_column), dys.const_data_ptr(),
                                     inputs.const_data_ptr(), planes.keep, planes.positive, g.mutable_data_ptr(),
                                     dbias.of(block), dweight.of(block), dslope.of(block)});
-    if (needs[0] && !by_batch) finish(block);
+    if (needs[0] && !by_batch && !(in_place && op.norm == Norm::none)) finish(block);
   });
   if (by_batch && z.numel() > 0) {
-    mean_g = column_means(op, dbias, weights);
-    mean_gx = column_means(op, dweight, weights);
+    mean_g = column_means(op, dbias, weights, compute_options);
+    mean_gx = column_means(op, dweight, weights, compute_options);
     each_block(blocks_of(op), [&](const Block& block, auto&&) { finish(block); });
   }
-  const auto summed = [&](const ColumnSums& sums, const OptionalTensor& like, bool wanted) {
-    return wanted && like ? rounded_like(sum_blocks(sums.parts, like->numel()), *like, op.dtype) : absent;
+  const auto gradient = [&](ColumnSums& sums, const OptionalTensor& like, bool wanted) {
+    return wanted && like ? sums.gradient_of(*like, op.dtype) : absent;
   };
-  return {dz, summed(dweight, weight, needs[1]), summed(dbias, bias, needs[2]), summed(dslope, slope, needs[3])};
+  return {dz, gradient(dweight, weight, needs[1]), gradient(dbias, bias, needs[2]), gradient(dslope, slope, needs[3])};
 }
 
 }  // namespace

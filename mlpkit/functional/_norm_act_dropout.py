@@ -38,10 +38,16 @@ class Averages(NamedTuple):
         """What the op takes: the averages where they are used, nothing where it finds its own statistics."""
         return (self.mean, self.var) if self.used else (None, None)
 
+    @property
+    def missing(self) -> bool:
+        """Whether averages are used that are not there: the op would find the batch's statistics instead."""
+        return self.used and (self.mean is None or self.var is None)
+
     def fit(self, mean: Tensor) -> bool:
         """Whether they can take statistics like this mean: asked before anything is changed."""
         moved = [average for average in (self.mean, self.var) if average is not None]
-        return len(moved) != 1 and all(average.shape == mean.shape for average in moved) and 0 <= self.momentum <= 1
+        known = isinstance(self.momentum, (int, float)) and 0.0 <= self.momentum <= 1.0
+        return known and len(moved) != 1 and all(average.shape == mean.shape for average in moved)
 
     def take(self, mean: Tensor, variance: Tensor, rows: int) -> None:
         """Move towards the statistics of a batch, as PyTorch does: by the unbiased variance."""
@@ -95,7 +101,11 @@ def norm_act_dropout(
 
     # The native checks cannot see these: they are overruled, or not the op's.
     fits = slope is None or isinstance(slope, Tensor) or negative_slope_fits(activation, slope)
-    if not (fits and probability(p)) or (norm != "batch" and running_mean is not None):
+    if (
+        not (fits and probability(p) and valid_eps(eps))
+        or averages.missing
+        or (norm != "batch" and running_mean is not None)
+    ):
         refuse()
     if not training:
         p = 0.0
@@ -121,6 +131,11 @@ def norm_act_dropout(
         averages.take(mean, variance, math.prod(z.shape[:-1]))
     result: Tensor = y
     return result
+
+
+def valid_eps(eps: float) -> bool:
+    """Whether eps is a finite number of at least 0."""
+    return isinstance(eps, (int, float)) and 0.0 <= eps < math.inf
 
 
 def check(
@@ -177,5 +192,5 @@ def _check_norm(norm: str | None, affine: dict[str, Tensor | None], averages: Av
             f"{NAME}: momentum is {averages.momentum!r}; it must be a number in [0, 1] "
             "(for a cumulative average 1 / number of batches)"
         )
-    if not isinstance(eps, (int, float)) or not 0.0 <= eps < math.inf:
+    if not valid_eps(eps):
         raise ArgumentError(f"{NAME}: eps is {eps!r}; it must be a finite number of at least 0")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mlpkit.errors import ArgumentError
-from mlpkit.functional._norm_act_dropout import Averages, check
+from mlpkit.functional._norm_act_dropout import Averages, check, valid_eps
 from mlpkit.ops import mlp as _mlp
 
 Optionals = Sequence[Tensor | None] | None
@@ -68,6 +68,8 @@ class Norms:
         p: list[float],
     ) -> Tensor:
         """The network, and then its averages. Raises ArgumentError, with nothing changed, where these do not fit."""
+        if any(averages.missing for averages in self.averages) or not valid_eps(self.eps):
+            raise ArgumentError("mlp: running averages are missing, or eps is no number of at least 0")
         call = _mlp.norm_dispatched if torch.compiler.is_compiling() else _mlp.norm_eager
         means, variances = ([averages.given[part] for averages in self.averages] for part in (0, 1))
         y, statistics = call(
