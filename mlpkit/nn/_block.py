@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from mlpkit import functional
-from mlpkit.nn._recognise import Activation, changed, of_module
+from mlpkit.nn._recognise import Activation, hooked, of_type
 
 
 class Parts(NamedTuple):
@@ -80,10 +80,14 @@ class NormActDropout(nn.Sequential):
 
     def parts(self) -> Parts | None:
         """The block as one op; None where its modules must be called."""
-        if len(self) != 3 or type(self[2]) is not nn.Dropout:
+        modules = tuple(self._modules.values())
+        if len(modules) != 3 or type(modules[2]) is not nn.Dropout:
             return None
-        norm, activation = self[0], Activation("identity") if type(self[1]) is nn.Identity else of_module(self[1])
-        if not isinstance(activation, Activation) or changed(norm) or changed(self[1]):
+        norm, act = modules[:2]
+        if norm is None or act is None or hooked(norm) or hooked(act):
+            return None
+        activation = Activation("identity") if type(act) is nn.Identity else of_type(act)
+        if not isinstance(activation, Activation):
             return None
         slope = activation.prelu.weight if activation.prelu else activation.slope
         if isinstance(norm, nn.LayerNorm) and type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1:

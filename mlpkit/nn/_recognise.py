@@ -70,11 +70,12 @@ _CLAMP_METHODS = {"clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_"}
 
 def of_module(module: nn.Module) -> Step:
     """What a module is, by its exact type: a subclass may do anything."""
-    step = _of_type(module)
+    step = of_type(module)
     return step if step is None or isinstance(step, Refusal) else (changed(module) or step)
 
 
-def _of_type(module: nn.Module) -> Step:
+def of_type(module: nn.Module) -> Step:
+    """What a module is by its type alone, whatever else was done to it."""
     kind = type(module)
     if kind in _MODULES:
         return Activation(_MODULES[kind])
@@ -160,6 +161,12 @@ def changed(module: nn.Module) -> Refusal | None:
     if "forward" in module.__dict__:
         return Refusal(f"{what}'s forward was replaced")
     return None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more, or other things, than its type's forward: quick, for every forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 def keeps_linear(module: nn.Linear) -> Refusal | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from mlpkit.nn._block import NormActDropout
+from mlpkit.nn._recognise import hooked
 from mlpkit.nn.layers import FusedLinear
 
 
@@ -31,7 +32,7 @@ def whole(layers: Iterable[nn.Module]) -> Whole | None:
     """None where a layer is hooked, replaced or parametrised, or differs from its neighbours: those are called."""
     fused: list[FusedLinear] = []
     for layer in layers:
-        if type(layer) is not FusedLinear or _hooked(layer):
+        if type(layer) is not FusedLinear or hooked(layer):
             return None
         fused.append(layer)
     *hidden, last = fused
@@ -58,7 +59,7 @@ def norms_of(blocks: Iterable[nn.Module]) -> dict[str, Any] | None:
     known = []
     rates = []
     for block in blocks:
-        parts = None if type(block) is not NormActDropout or _hooked(block) else block.parts()
+        parts = None if type(block) is not NormActDropout or hooked(block) else block.parts()
         if parts is None:
             return None
         known.append(parts)
@@ -81,8 +82,3 @@ def norms_of(blocks: Iterable[nn.Module]) -> dict[str, Any] | None:
         "slope": slopes if isinstance(slopes[0], Tensor) else slopes[0],
         "p": rates,
     }
-
-
-def _hooked(layer: nn.Module) -> bool:
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(hooked) or "forward" in vars(layer)
