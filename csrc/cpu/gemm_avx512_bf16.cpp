@@ -1,4 +1,4 @@
-// The product of one tile of bfloat16 by dot products of pairs (VDPBF16PS), at twice the rate of fp32 (cpu; AVX-512
+// The steps of a product of bfloat16 by dot products of pairs (VDPBF16PS), at twice the rate of fp32 (cpu; AVX-512
 // with bf16 alone).
 #include "cpu/gemm_block.h"
 
@@ -21,6 +21,8 @@ struct Pair {  // two numbers, neighbours along the depth; a missing second one 
 
 }  // namespace
 
-void gemm_tile_of_pairs(const GemmTile& g) { product<Pair, Pair>(g); }
+void gemm_pack_pairs(const GemmPack& g) { pack<Pair>(g); }
+void gemm_lanes_pairs(const GemmLanes& g) { copy_lanes<Pair>(g); }
+void gemm_multiply_pairs(const GemmMultiply& g) { multiply<Pair>(g); }
 
 MLPKIT_END_ISA

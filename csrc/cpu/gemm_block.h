@@ -1,4 +1,4 @@
-// The product of one tile, whatever a lane holds: one number in fp32, or a pair of bfloat16 along the depth (cpu). b is
+// The steps of a product, whatever a lane holds: one number in fp32, or a pair of bfloat16 along the depth (cpu). b is
 // packed into panels as wide as two vectors, a is read by broadcasts, a block of c stays in registers: with 12 x 2
 // accumulators of 16 lanes, a step along the depth is 24 multiply-adds for 14 loads. Included by the gemm kernels only.
 #pragma once
@@ -15,7 +15,7 @@ constexpr int kBlockRows = 6;
 constexpr int kBlockRows = 4;
 #endif
 constexpr int kBlockVecs = 2, kBlockCols = kBlockVecs * kLanes;
-constexpr int64_t kFewLines = 16, kShortSum = 32;
+constexpr int64_t kShortSum = 32;  // numbers in a block where there are few rows or columns
 
 MLPKIT_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -67,53 +67,71 @@ MLPKIT_HD void transpose(FloatVec (&v)[kLanes]) {
 // The same 32 bits in every lane; as bits, since a pair may look like a signalling NaN.
 MLPKIT_HD FloatVec repeat(const float* lane) { return (FloatVec)(IntVec{} + load_bits<int32_t>(lane)); }
 
-// Panels of a [depth, cols] block of b: panel p holds columns p * kBlockCols and on as [lanes along the depth,
-// kBlockCols], zeros where b ends.
+// Panels of op(b): panel p holds columns p * kBlockCols and on as [lanes along the depth, kBlockCols], zeros where b
+// ends. Line by line of b, because a column of narrow pieces would touch a page for each; lines ahead are fetched
+// early, since they lie too far apart for the hardware to guess.
 template <class Lane>
-void pack(const typename Lane::Number* b, int64_t ldb, bool transposed, int64_t depth, int64_t cols, float* panels) {
-  constexpr int64_t per_lane = Lane::per_lane;
-  const int64_t steps = (depth + per_lane - 1) / per_lane;
-  for (int64_t first = 0; first < (cols + kBlockCols - 1) / kBlockCols * kBlockCols; first += kLanes) {
-    float* panel = panels + first / kBlockCols * kBlockCols * steps + first % kBlockCols;
-    const int64_t n = cols > first ? cols - first : 0;
-    if (!transposed) {
-      for (int64_t k = 0; k < steps; ++k)
-        store(panel + k * kBlockCols, Lane::across(b + k * per_lane * ldb + first, ldb, depth - k * per_lane, n));
-      continue;
+void pack_lines(const GemmPack& g) {
+  constexpr int64_t per_lane = Lane::per_lane, ahead = 8;
+  const auto* b = static_cast<const typename Lane::Number*>(g.b);
+  const int64_t steps = (g.depth + per_lane - 1) / per_lane;
+  const int64_t width = (g.cols + kBlockCols - 1) / kBlockCols * kBlockCols;
+  for (int64_t k = 0; k < steps; ++k) {
+    const auto* line = b + k * per_lane * g.ldb;
+    for (int64_t first = 0; first < width; first += kLanes) {
+      for (int64_t i = 0; i < per_lane; ++i) __builtin_prefetch(line + (ahead * per_lane + i) * g.ldb + first);
+      store(g.panels + first / kBlockCols * kBlockCols * steps + first % kBlockCols + k * kBlockCols,
+            Lane::across(line + first, g.ldb, g.depth - k * per_lane, g.cols > first ? g.cols - first : 0));
     }
+  }
+}
+
+template <class Lane>
+void pack_transposed(const GemmPack& g) {
+  constexpr int64_t per_lane = Lane::per_lane;
+  const auto* b = static_cast<const typename Lane::Number*>(g.b);
+  const int64_t steps = (g.depth + per_lane - 1) / per_lane;
+  for (int64_t first = 0; first < (g.cols + kBlockCols - 1) / kBlockCols * kBlockCols; first += kLanes) {
+    float* panel = g.panels + first / kBlockCols * kBlockCols * steps + first % kBlockCols;
+    const int64_t n = g.cols > first ? g.cols - first : 0;
     for (int64_t k = 0; k < steps; k += kLanes) {
       FloatVec v[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        v[i] = i < n ? Lane::along(b + (first + i) * ldb + k * per_lane, depth - k * per_lane) : FloatVec{};
+        v[i] = i < n ? Lane::along(b + (first + i) * g.ldb + k * per_lane, g.depth - k * per_lane) : FloatVec{};
       transpose(v);
       for (int i = 0; i < smaller(kLanes, steps - k); ++i) store(panel + (k + i) * kBlockCols, v[i]);
     }
   }
 }
 
-// op(a), packed: where it lies and how far its lanes are apart along rows and depth.
+template <class Lane>
+MLPKIT_HD void pack(const GemmPack& g) {
+  g.transposed ? pack_transposed<Lane>(g) : pack_lines<Lane>(g);
+}
+
+// Copies op(a) lane by lane: strides of a power of two, as wide layers have, would evict each other.
+template <class Lane>
+void copy_lanes(const GemmLanes& g) {
+  constexpr int64_t per_lane = Lane::per_lane;
+  const auto* a = static_cast<const typename Lane::Number*>(g.a);
+  const int64_t steps = (g.depth + per_lane - 1) / per_lane;
+  if (g.transposed) {
+    for (int64_t k = 0; k < steps; ++k)
+      for (int64_t i = 0; i < g.rows; i += kLanes)
+        store(g.lanes + k * kGemmStride + i,
+              Lane::across(a + k * per_lane * g.lda + i, g.lda, g.depth - k * per_lane, g.rows - i));
+    return;
+  }
+  for (int64_t i = 0; i < g.rows; ++i)
+    for (int64_t k = 0; k < steps; k += kLanes)
+      store(g.lanes + i * kGemmStride + k, Lane::along(a + i * g.lda + k * per_lane, g.depth - k * per_lane));
+}
+
+// Where lanes of op(a) lie, and how far they are apart along rows and depth.
 struct Rows {
   const float* data;
   int64_t row_stride, depth_stride;
 };
-
-// Copies a [rows, depth] block of op(a) lane by lane: strides of a power of two, as wide layers have, would evict each
-// other.
-template <class Lane>
-Rows copy(const typename Lane::Number* a, int64_t lda, bool transposed, int64_t rows, int64_t depth, float* to) {
-  constexpr int64_t per_lane = Lane::per_lane;
-  const int64_t steps = (depth + per_lane - 1) / per_lane;
-  if (transposed) {
-    for (int64_t k = 0; k < steps; ++k)
-      for (int64_t i = 0; i < rows; i += kLanes)
-        store(to + k * kGemmStride + i, Lane::across(a + k * per_lane * lda + i, lda, depth - k * per_lane, rows - i));
-    return {to, 1, kGemmStride};
-  }
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t k = 0; k < steps; k += kLanes)
-      store(to + i * kGemmStride + k, Lane::along(a + i * lda + k * per_lane, depth - k * per_lane));
-  return {to, kGemmStride, 1};
-}
 
 template <class Lane, int rows>
 void block(const Rows& a, const float* panel, int64_t steps, float* c, int64_t ldc, int64_t cols, bool add) {
@@ -151,28 +169,21 @@ MLPKIT_HD void block_of(int64_t wanted, const Rows& a, const float* panel, int64
   block<Lane, rows>(a, panel, steps, c, ldc, cols, add);
 }
 
-template <class LaneA, class LaneB>
-void product(const GemmTile& g) {
-  constexpr int64_t per_lane = LaneA::per_lane;
-  // A product with few rows or columns costs its memory traffic, so its sums may be short ones: the library's
-  // matrix-vector product, which it is held against, sums in many chains.
-  const int64_t longest = g.rows < kFewLines || g.cols < kFewLines ? kShortSum : kGemmDepth * per_lane;
-  float* panels = static_cast<float*>(g.scratch);
-  float* copied = panels + kGemmDepth * kGemmCols;
+template <class Lane>
+void multiply(const GemmMultiply& g) {
+  const bool few = g.rows < kGemmFewLines || g.cols < kGemmFewLines;
+  const int64_t steps = (g.depth + Lane::per_lane - 1) / Lane::per_lane;
+  const int64_t longest = few ? kShortSum / Lane::per_lane : kGemmDepth;
   int64_t k = 0;
   do {  // once even where the depth is 0, to write the zeros
-    const int64_t depth = smaller(longest, g.depth - k), steps = (depth + per_lane - 1) / per_lane;
-    pack<LaneB>(static_cast<const typename LaneB::Number*>(g.b) + (g.transpose_b ? k : k * g.ldb), g.ldb, g.transpose_b,
-                depth, g.cols, panels);
-    const Rows a = copy<LaneA>(static_cast<const typename LaneA::Number*>(g.a) + (g.transpose_a ? k * g.lda : k), g.lda,
-                               g.transpose_a, g.rows, depth, copied);
     for (int64_t col = 0; col < g.cols; col += kBlockCols)
       for (int64_t row = 0; row < g.rows; row += kBlockRows)
-        block_of<LaneA, kBlockRows>(g.rows - row, {a.data + row * a.row_stride, a.row_stride, a.depth_stride},
-                                    panels + col * steps, steps, g.c + row * g.ldc + col, g.ldc,
-                                    smaller(kBlockCols, g.cols - col), k > 0);
+        block_of<Lane, kBlockRows>(g.rows - row,
+                                   {g.lanes + row * g.row_stride + k * g.depth_stride, g.row_stride, g.depth_stride},
+                                   g.panels + col * steps + k * kBlockCols, smaller(longest, steps - k),
+                                   g.c + row * g.ldc + col, g.ldc, smaller(kBlockCols, g.cols - col), g.add || k > 0);
     k += longest;
-  } while (k < g.depth);
+  } while (k < steps);
 }
 
 MLPKIT_END_ISA

@@ -1,32 +1,30 @@
-// The product of one tile of float32, bfloat16 or float16 in fp32 (cpu; compiled once for each instruction set).
+// The steps of a product of float32, bfloat16 or float16 in fp32 (cpu; compiled once for each instruction set).
 #include "cpu/gemm_block.h"
 
 MLPKIT_BEGIN_ISA
-namespace {
 
-template <class A>
-void product_with(const GemmTile& g) {
-  switch (g.dtype_b) {
+void gemm_pack(const GemmPack& g) {
+  switch (g.dtype) {
     case Dtype::bfloat16:
-      return product<Single<A>, Single<BFloat16>>(g);
+      return pack<Single<BFloat16>>(g);
     case Dtype::float16:
-      return product<Single<A>, Single<Half>>(g);
+      return pack<Single<Half>>(g);
     default:
-      return product<Single<A>, Single<float>>(g);
+      return pack<Single<float>>(g);
   }
 }
 
-}  // namespace
-
-void gemm_tile(const GemmTile& g) {
-  switch (g.dtype_a) {
+void gemm_lanes(const GemmLanes& g) {
+  switch (g.dtype) {
     case Dtype::bfloat16:
-      return product_with<BFloat16>(g);
+      return copy_lanes<Single<BFloat16>>(g);
     case Dtype::float16:
-      return product_with<Half>(g);
+      return copy_lanes<Single<Half>>(g);
     default:
-      return product_with<float>(g);
+      return copy_lanes<Single<float>>(g);
   }
 }
+
+void gemm_multiply(const GemmMultiply& g) { multiply<Single<float>>(g); }
 
 MLPKIT_END_ISA

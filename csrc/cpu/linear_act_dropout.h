@@ -31,10 +31,20 @@ struct ActDropoutForward {  // y = act(z) * mask * scale,  z = product + bias
   uint16_t* positive;  // same shape: set where z > 0 (leaky_relu); otherwise nullptr
 };
 
+// dz of a region, as the products of the backward pass read it: whole groups of 16 columns, those beyond the output
+// zero. Either numbers of type C, or pairs of bfloat16 side by side along the columns (for dz W) and once more along
+// the rows (for dz^T x).
+struct DzTile {
+  void* data;      // [region.rows, stride], C or bfloat16
+  int64_t stride;  // in numbers
+  uint32_t*
+      down;  // [ceil(region.rows / 2), down_stride]: row 2i in the low half, row 2i + 1 in the high one; or nullptr
+  int64_t down_stride;
+};
+
 struct ActDropoutBackward {  // dz = dy * mask * scale * act'(z)
   Region region;
   Dtype dtype;
-  Dtype dz_dtype;  // C, or bfloat16 where T is
   Activation activation;
   Dropout dropout;
   double negative_slope;
@@ -43,7 +53,7 @@ struct ActDropoutBackward {  // dz = dy * mask * scale * act'(z)
   const void* slope;     // as given to the forward pass
   const uint16_t* keep;  // as saved by the forward pass
   const uint16_t* positive;
-  void* dz;      // [total_rows, total_cols], dz_dtype
+  DzTile dz;
   void* dbias;   // [total_cols], C: the region's column sums of dz are added, or nullptr
   void* dslope;  // [total_cols], C: the region's column sums of dy * mask * scale * min(z, 0) are added, or nullptr
 };

@@ -149,6 +149,26 @@ void forward(const ActDropoutForward& args) {
   });
 }
 
+template <class T, class C>
+MLPKIT_HD void write_dz(const ActDropoutBackward& args, const Tile& tile, int r, const Row<C>& dz) {
+  const int64_t row = tile.row + r - args.region.row, col = tile.col - args.region.col;
+  if constexpr (__is_same(T, BFloat16)) {
+    if (args.dz.down) {
+      BFloat16* to = at<BFloat16>(args.dz.data, row * args.dz.stride + col);
+      dz.write(to, kTile);
+      uint32_t* down = args.dz.down + row / 2 * args.dz.down_stride + col;
+      for (int i = 0; i < kTile; i += kLanes) {
+        // An even row leaves zeros for its partner, which the last row of an odd number never gets.
+        UintVec pair = __builtin_convertvector(load_bits<ShortVec>(to + i), UintVec);
+        if (row % 2) pair = load_bits<UintVec>(down + i) | pair << 16;
+        store_bits(down + i, pair);
+      }
+      return;
+    }
+  }
+  dz.write(at<C>(args.dz.data, row * args.dz.stride + col), kTile);
+}
+
 template <class A, class T, class C>
 void backward(const ActDropoutBackward& args) {
   using V = typename Wide<C>::type;
@@ -182,10 +202,7 @@ void backward(const ActDropoutBackward& args) {
         dz.v[i] = dy.v[i] * factor;
         dbias.v[i] += dz.v[i];
       }
-      if (__is_same(T, BFloat16) && args.dz_dtype == Dtype::bfloat16)
-        dz.write(at<T>(args.dz, element), tile.cols);
-      else
-        dz.write(at<C>(args.dz, element), tile.cols);
+      write_dz<T, C>(args, tile, r, dz);
     }
     const auto add = [&](void* sums, const Row<C>& part) __attribute__((always_inline)) {
       if (!sums) return;

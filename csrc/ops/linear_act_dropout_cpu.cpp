@@ -10,13 +10,11 @@
 #include <cstring>
 
 #include "ops/linear_act_dropout.h"
+#include "ops/linear_act_dropout_products.h"
 #include "ops/tiles.h"
 
 namespace mlpkit {
 namespace {
-
-// The weight gradient has few tiles and a long sum in each, so its tiles are smaller.
-constexpr int64_t kGradRows = 96, kGradCols = 256;
 
 c10::ScalarType compute_type(Dtype dtype) { return dtype == Dtype::float64 ? at::kDouble : at::kFloat; }
 bool low_precision(Dtype dtype) { return dtype == Dtype::bfloat16 || dtype == Dtype::float16; }
@@ -92,14 +90,14 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
   const Dropout dropout = dropout_of(op, seed, stream);
   const Operand left{op.dtype, inputs.const_data_ptr(), op.depth, false};
   const Operand right{op.dtype, weights.const_data_ptr(), op.depth, true};
-  each_block({op.rows, op.cols, kTileRows, kTileCols, op.depth}, [&](const Block& block, void* product) {
-    multiply(left, right, op.depth, block, product, block.cols);
+  each_block({op.rows, op.cols, kTileRows, kTileCols, op.depth}, [&](const Block& block, Scratch& scratch) {
+    multiply(left, right, op.depth, block, scratch.tile(), block.cols, scratch);
     cpu::act_dropout_forward({{block.row, block.rows, block.col, block.cols, op.cols},
                               op.dtype,
                               op.activation,
                               dropout,
                               slopes.single,
-                              product,
+                              scratch.tile(),
                               block.cols,
                               data_or_null(biases),
                               data_or_null(slopes.by_column),
@@ -147,18 +145,6 @@ at::Tensor sum_partials(const at::Tensor& partials, const at::Tensor& like, Dtyp
   return rounded;
 }
 
-// out = op(a) op(b) for a whole matrix, tile by tile, rounded once to out's dtype.
-void product(const at::Tensor& out, const Tiling& tiling, const Operand& a, const Operand& b, Dtype dtype) {
-  each_block(tiling, [&](const Block& block, void* scratch) {
-    if (!low_precision(dtype))
-      return multiply(a, b, tiling.depth, block, at_element(out, block.row * tiling.cols + block.col), tiling.cols);
-    multiply(a, b, tiling.depth, block, scratch, block.cols);
-    for (int64_t r = 0; r < block.rows; ++r)
-      cpu::convert({Dtype::float32, dtype, static_cast<float*>(scratch) + r * block.cols,
-                    at_element(out, (block.row + r) * tiling.cols + block.col), block.cols});
-  });
-}
-
 BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                         const OptionalTensor& slope, const at::Tensor& z, const at::Tensor& bits,
                         std::string_view activation, double negative_slope, double p, std::array<bool, 4> needs) {
@@ -168,10 +154,6 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
   const bool want_dslope = needs[3] && slope.has_value();
   const at::Tensor absent = at::empty({0}, options);
 
-  // Pairs of bfloat16 multiply at twice the rate; stock PyTorch rounds dz to bfloat16 too.
-  const bool pairs = op.dtype == Dtype::bfloat16 && prefers_bfloat16_pairs();
-  const Dtype dz_dtype = pairs ? Dtype::bfloat16 : op.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
-  at::Tensor dz = at::empty({op.rows, op.cols}, pairs ? options : compute_options);
   const int64_t row_blocks = ceil_div(op.rows, kTileRows);
   const auto partials = [&](bool wanted) {
     if (!wanted) return at::Tensor();
@@ -185,13 +167,12 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
   Dropout dropout;
   dropout.threshold = op.threshold;
   dropout.scale = op.scale;
-  each_block({op.rows, op.cols, kTileRows, kTileCols, 0}, [&](const Block& block, void*) {
+  const auto form_dz = [&](const Block& block, const DzTile& dz) {
     const auto row_of = [&](const at::Tensor& sums) -> void* {
       return sums.defined() ? at_element(sums, block.row / kTileRows * op.cols) : nullptr;
     };
     cpu::act_dropout_backward({{block.row, block.rows, block.col, block.cols, op.cols},
                                op.dtype,
-                               dz_dtype,
                                op.activation,
                                dropout,
                                slopes.single,
@@ -200,24 +181,18 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
                                data_or_null(slopes.by_column),
                                planes.keep,
                                planes.positive,
-                               dz.mutable_data_ptr(),
+                               dz,
                                row_of(dbias_partials),
                                row_of(dslope_partials)});
-  });
+  };
 
-  at::Tensor dx = absent, dweight = absent, dbias = absent, dslope = absent;
-  if (needs[0]) {
-    const at::Tensor weights = weight.contiguous();
-    dx = at::empty(x.sizes(), options);
-    product(dx, {op.rows, op.depth, kTileRows, kTileCols, op.cols}, {dz_dtype, dz.const_data_ptr(), op.cols, false},
-            {op.dtype, weights.const_data_ptr(), op.depth, false}, op.dtype);
-  }
-  if (needs[1]) {
-    const at::Tensor inputs = x.contiguous();
-    dweight = at::empty(weight.sizes(), options);
-    product(dweight, {op.cols, op.depth, kGradRows, kGradCols, op.rows}, {dz_dtype, dz.const_data_ptr(), op.cols, true},
-            {op.dtype, inputs.const_data_ptr(), op.depth, false}, op.dtype);
-  }
+  const at::Tensor inputs = x.contiguous(), weights = weight.contiguous();
+  at::Tensor dx = needs[0] ? at::empty(x.sizes(), options) : absent;
+  at::Tensor dweight = needs[1] ? at::empty(weight.sizes(), options) : absent;
+  at::Tensor dbias = absent, dslope = absent;
+  multiply_dz({op.rows, op.cols, op.depth, op.dtype, inputs.const_data_ptr(), weights.const_data_ptr(),
+               needs[0] ? dx.mutable_data_ptr() : nullptr, needs[1] ? dweight.mutable_data_ptr() : nullptr},
+              form_dz);
   if (needs[2]) dbias = sum_partials(dbias_partials, at::empty({op.cols}, options), op.dtype);
   if (want_dslope) dslope = sum_partials(dslope_partials, *slope, op.dtype);
   return {dx, dweight, dbias, dslope};
