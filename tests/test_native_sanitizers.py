@@ -44,7 +44,7 @@ def test_every_kernel_has_a_check():
         kernels |= set(re.findall(r"^MLPKIT_CPU_KERNEL\((\w+),", text, re.MULTILINE))
         for body in re.findall(r"^namespace mlpkit::isa_\w+ \{(.*?)^\}", text, re.MULTILINE | re.DOTALL):
             kernels |= set(re.findall(r"^void (\w+)\(", body, re.MULTILINE))
-    assert kernels >= {"gemm_tile", "gemm_tile_of_pairs", "act_dropout_forward", "update"}
+    assert kernels >= {"gemm_multiply", "gemm_multiply_pairs", "act_dropout_forward", "update"}
     assert kernels <= set(check_names()), "write tests/native/check_<kernel>.cpp"
 
 

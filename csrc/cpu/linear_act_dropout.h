@@ -23,10 +23,11 @@ struct ActDropoutForward {  // y = act(z) * mask * scale,  z = product + bias
   double negative_slope;
   const void* product;  // [region.rows, region.cols], C, row stride product_stride: x W^T of the region
   int64_t product_stride;
-  const void* bias;    // [total_cols], C, or nullptr
-  const void* slope;   // [total_cols], C: prelu's; otherwise nullptr
-  void* y;             // [total_rows, total_cols], T
-  void* z;             // [total_rows, total_cols], T, or nullptr where backward does not need it
+  const void* bias;   // [total_cols], C, or nullptr
+  const void* slope;  // [total_cols], C: prelu's; otherwise nullptr
+  void* y;            // [total_rows, total_cols], T
+  void*
+      saved;  // [total_rows, total_cols]: act'(z), float16 where T is bfloat16, or prelu's z; nullptr where not needed
   uint16_t* keep;      // [row tiles, col tiles, 16 rows]: bit c is set where an element is kept (relu: and lives)
   uint16_t* positive;  // same shape: set where z > 0 (leaky_relu); otherwise nullptr
 };
@@ -49,7 +50,7 @@ struct ActDropoutBackward {  // dz = dy * mask * scale * act'(z)
   Dropout dropout;
   double negative_slope;
   const void* dy;        // [total_rows, total_cols], T
-  const void* z;         // as saved by the forward pass
+  const void* saved;     // by the forward pass
   const void* slope;     // as given to the forward pass
   const uint16_t* keep;  // as saved by the forward pass
   const uint16_t* positive;

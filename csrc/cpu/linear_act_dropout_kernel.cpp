@@ -2,6 +2,8 @@
 // compiled once for each instruction set).
 #include "cpu/linear_act_dropout.h"
 
+#include <type_traits>
+
 #include "cpu/mask_tile.h"
 #include "cpu/simd.h"
 
@@ -68,8 +70,7 @@ struct Row {
   }
 };
 
-// The largest finite value of a storage type. A pre-activation beyond it is saved as that: its slope is the limit's,
-// while an Inf would make the slope 0 * Inf, a NaN that the forward pass never had.
+// The largest finite value of a storage type.
 template <class T>
 constexpr float kLargest = 3.4028234e38f;
 template <>
@@ -82,6 +83,23 @@ MLPKIT_HD V saturate(V z) {
   constexpr float infinity = __builtin_inff(), largest = kLargest<T>;
   const V low = (z > largest) ? ((z < infinity) ? V{} + largest : z) : z;
   return (low < -largest) ? ((low > -infinity) ? V{} - largest : low) : low;
+}
+
+// float16 holds slopes three bits finer than bfloat16, and their range is small.
+template <class A, class T>
+using Saved = std::conditional_t<__is_same(T, BFloat16) && !__is_same(A, Prelu), Half, T>;
+
+// What is saved for the backward pass: the slope, of which the forward pass has the dear parts at hand. prelu's slope
+// has a gradient of its own, which takes the pre-activation; one beyond the storage type is saved as its largest
+// number, since an Inf would make 0 * Inf, a NaN that the forward pass never had.
+template <class A, class T, class V>
+MLPKIT_HD V worth_saving(V z, V slope) {
+  if constexpr (!__is_same(A, Prelu))
+    return A::slope(z, slope);
+  else if constexpr (sizeof(T) == 2)
+    return saturate<T>(z);
+  else
+    return z;
 }
 
 // Where a tile lies: its number in the mask contract, its column, and how much of it is inside the output.
@@ -110,7 +128,7 @@ void forward(const ActDropoutForward& args) {
   const C scale = static_cast<C>(args.dropout.scale);
   MaskTile mask;
   each_tile(args.region, [&](const Tile& tile) __attribute__((always_inline)) {
-    Row<C> bias, slope, product, y, z;
+    Row<C> bias, slope, product, y, z, saved;
     bias.fill(0);
     if (args.bias) bias.read(at<C>(args.bias, tile.col), tile.cols);
     if (args.slope)
@@ -137,10 +155,9 @@ void forward(const ActDropoutForward& args) {
       }
       const int64_t element = (tile.row + r) * args.region.total_cols + tile.col;
       y.write(at<T>(args.y, element), tile.cols);
-      if (args.z) {
-        if constexpr (sizeof(T) == 2)
-          for (int i = 0; i < Row<C>::count; ++i) z.v[i] = saturate<T>(z.v[i]);
-        z.write(at<T>(args.z, element), tile.cols);
+      if (args.saved) {
+        for (int i = 0; i < Row<C>::count; ++i) saved.v[i] = worth_saving<A, T>(z.v[i], slope.v[i]);
+        saved.write(at<Saved<A, T>>(args.saved, element), tile.cols);
       }
       const bool sign_is_slope = args.activation == Activation::relu;
       if (args.keep) args.keep[tile.number * kTile + r] = static_cast<uint16_t>(sign_is_slope ? keep & live : keep);
@@ -175,7 +192,7 @@ void backward(const ActDropoutBackward& args) {
   constexpr int lanes = Wide<C>::lanes;
   const C scale = static_cast<C>(args.dropout.scale);
   each_tile(args.region, [&](const Tile& tile) __attribute__((always_inline)) {
-    Row<C> slope, dy, z, dz, dbias, dslope;
+    Row<C> slope, dy, saved, dz, dbias, dslope;
     if (args.slope)
       slope.read(at<C>(args.slope, tile.col), tile.cols);
     else
@@ -185,15 +202,19 @@ void backward(const ActDropoutBackward& args) {
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t element = (tile.row + r) * args.region.total_cols + tile.col;
       dy.read(at<T>(args.dy, element), tile.cols);
-      if (A::needs == Needs::preactivation) z.read(at<T>(args.z, element), tile.cols);
+      if (A::needs == Needs::preactivation) saved.read(at<Saved<A, T>>(args.saved, element), tile.cols);
       const unsigned keep = args.keep ? args.keep[tile.number * kTile + r] : kAllKept;
       const unsigned positive = args.positive ? args.positive[tile.number * kTile + r] : 0;
       for (int i = 0; i < Row<C>::count; ++i) {
         V factor;
         select_lanes(keep >> (i * lanes), V{} + scale, V{}, factor);
         if (A::needs == Needs::preactivation) {
-          if constexpr (__is_same(A, Prelu)) dslope.v[i] += dy.v[i] * factor * Prelu::slope_by_a(z.v[i]);
-          factor = factor * A::slope(z.v[i], slope.v[i]);
+          if constexpr (__is_same(A, Prelu)) {
+            dslope.v[i] += dy.v[i] * factor * Prelu::slope_by_a(saved.v[i]);
+            factor = factor * Prelu::slope(saved.v[i], slope.v[i]);
+          } else {
+            factor = factor * saved.v[i];
+          }
         } else if (__is_same(A, LeakyRelu)) {
           V slopes;
           select_lanes(positive >> (i * lanes), V{} + C(1), slope.v[i], slopes);

@@ -73,6 +73,11 @@ void check_bits(const char* name, const LinearActDropout& op, const at::Tensor& 
                     "; it must be the forward pass's, ", op.bits_bytes(), " bytes");
 }
 
+c10::ScalarType saved_dtype(const at::Tensor& x, Activation activation) {
+  const bool narrow_slope = x.is_cpu() && x.scalar_type() == at::kBFloat16 && activation != Activation::prelu;
+  return narrow_slope ? at::kHalf : x.scalar_type();
+}
+
 std::vector<int64_t> output_sizes(const at::Tensor& x, int64_t cols) {
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = cols;
@@ -118,9 +123,12 @@ LinearActDropout check_linear_act_dropout_backward(const at::Tensor& dy, const a
   TORCH_CHECK_VALUE(dy.sizes() == at::IntArrayRef(sizes), "linear_act_dropout_backward: dy has shape ", dy.sizes(),
                     "; it must be ", at::IntArrayRef(sizes));
   if (op.needs == Needs::preactivation) {
-    check_like("z", z, x);
-    TORCH_CHECK_VALUE(z.sizes() == dy.sizes() && z.is_contiguous(), "linear_act_dropout_backward: z has shape ",
-                      z.sizes(), "; it must be the forward pass's, ", dy.sizes());
+    const c10::ScalarType wanted = saved_dtype(x, op.activation);
+    TORCH_CHECK_TYPE(z.scalar_type() == wanted, "linear_act_dropout_backward: z is ", z.scalar_type(),
+                     "; it must be the forward pass's, ", wanted);
+    TORCH_CHECK_VALUE(z.sizes() == dy.sizes() && z.device() == x.device() && z.is_contiguous(),
+                      "linear_act_dropout_backward: z has shape ", z.sizes(), "; it must be the forward pass's, ",
+                      dy.sizes());
   }
   check_bits("linear_act_dropout_backward", op, bits, x.device());
   return op;

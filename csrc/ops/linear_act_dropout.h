@@ -44,6 +44,10 @@ LinearActDropout check_linear_act_dropout_backward(const at::Tensor& dy, const a
                                                    const OptionalTensor& slope, const at::Tensor& z,
                                                    const at::Tensor& bits, std::string_view activation, double p);
 
+// The dtype of what the forward pass saves as z. The CPU saves slopes but for prelu; in bfloat16 these are float16,
+// three bits finer, since rounding them must not add to the rounding of dz.
+c10::ScalarType saved_dtype(const at::Tensor& x, Activation activation);
+
 // Parts of these checks that other ops with an activation and dropout share; name is the op's, for the message.
 Activation activation_from_name(std::string_view activation, const char* name);
 void check_slope_is_there(const char* name, const LinearActDropout& op, const OptionalTensor& slope);

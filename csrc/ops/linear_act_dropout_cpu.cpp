@@ -79,7 +79,9 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
                       double negative_slope, double p, int64_t stream, bool save) {
   const LinearActDropout op = check_linear_act_dropout(x, weight, bias, slope, seed, activation, p, stream);
   at::Tensor y = at::empty(output_sizes(x, op.cols), x.options());
-  at::Tensor z = save && op.needs == Needs::preactivation ? at::empty_like(y) : at::empty({0}, x.options());
+  const bool saves = save && op.needs == Needs::preactivation;
+  at::Tensor z =
+      saves ? at::empty(y.sizes(), x.options().dtype(saved_dtype(x, op.activation))) : at::empty({0}, x.options());
   at::Tensor bits = at::empty({save ? op.bits_bytes() : 0}, x.options().dtype(at::kByte));
   if (y.numel() == 0) return {y, z, bits};
 

@@ -45,7 +45,11 @@ def _forward_fake(
     for size in x.shape[:-1]:
         rows = rows * size
     y = x.new_empty((*x.shape[:-1], cols))
-    z = x.new_empty(y.shape if save and activation in NEEDS_PREACTIVATION else (0,))
+    z = x.new_empty((0,))
+    if save and activation in NEEDS_PREACTIVATION:
+        # The CPU saves slopes, those of bfloat16 in float16.
+        halves = x.device.type == "cpu" and x.dtype == torch.bfloat16 and activation != "prelu"
+        z = y.new_empty(y.shape, dtype=torch.float16 if halves else x.dtype)
     bits = x.new_empty((bits_bytes(rows, cols, activation, p) if save else 0,), dtype=torch.uint8)
     return y, z, bits
 

@@ -1,4 +1,4 @@
-// act_dropout_forward: values, saved pre-activations and bits, and that nothing outside the region is touched (tests).
+// act_dropout_forward: values, saved slopes and bits, and that nothing outside the region is touched (tests).
 #include "layer.h"
 
 namespace {
@@ -10,7 +10,7 @@ struct Forward {
   Dtype compute;
   int64_t stride;
   bool save;
-  Numbers product, bias, slope, y, z;
+  Numbers product, bias, slope, y, saved;
   Plane keep, positive;
 
   Forward(const Layer& layer, Draw& draw)
@@ -22,7 +22,7 @@ struct Forward {
         bias(compute, draw.coin() ? layer.region.total_cols : 0, draw),
         slope(compute, layer.has_slopes() && draw.coin() ? layer.region.total_cols : 0, draw),
         y(layer.dtype, layer.elements(), draw),
-        z(layer.dtype, save && layer.has_z() ? layer.elements() : 0, draw),
+        saved(layer.saved_dtype(), save && layer.has_z() ? layer.elements() : 0, draw),
         keep(save ? layer.words() : 0, draw),
         positive(save && layer.activation == Activation::leaky_relu ? layer.words() : 0, draw) {
     product.draw(draw, -4, 4);
@@ -44,7 +44,7 @@ struct Forward {
     args.bias = or_null(bias);
     args.slope = or_null(slope);
     args.y = y.data();
-    args.z = or_null(z);
+    args.saved = or_null(saved);
     args.keep = save ? keep.data() : nullptr;
     args.positive = save && layer.activation == Activation::leaky_relu ? positive.data() : nullptr;
     mlpkit::cpu::act_dropout_forward(args);
@@ -54,7 +54,7 @@ struct Forward {
     layer.each([&](int64_t row, int64_t col, int64_t element) {
       if (layer.inside(row, col)) return compare_element(row, col, element, report);
       report.that("y outside the region", element, y.untouched(element));
-      if (z.count()) report.that("z outside the region", element, z.untouched(element));
+      if (saved.count()) report.that("saved outside the region", element, saved.untouched(element));
       const bool own_word = !layer.inside(row, col / kMaskTile * kMaskTile);
       if (save && own_word) report.that("bits outside the region", element, keep.untouched(layer.word(row, col)));
     });
@@ -68,9 +68,8 @@ struct Forward {
     const bool kept = layer.kept(row, col);
     const Real scale = kept ? static_cast<Real>(layer.dropout().scale) : 0, exact = act.value * scale;
     const Real error = kRoundings * unit(layer.dtype) * (magnitude + act.magnitude);
-    report.near("y", element, y.get(element), exact, error * scale + half_ulp(exact));
-    if (z.count())
-      report.near("z", element, z.get(element), exact_z, unit(layer.dtype) * magnitude + half_ulp(exact_z));
+    report.near("y", element, y.get(element), exact, error * scale + half_ulp(exact, layer.dtype));
+    if (saved.count()) compare_saved(element, exact_z, a, magnitude, report);
     if (!save) return;
     const int64_t word = layer.word(row, col);
     // Of these numbers none is 0, and a sum of opposite signs is exact, so the sign of z is no matter of rounding.
@@ -80,7 +79,14 @@ struct Forward {
       report.that("positive", element, positive.bit(word, col) == (exact_z > 0));
   }
 
-  Real half_ulp(Real x) const { return layer.dtype == compute ? 0 : ulp(x, layer.dtype) / 2 * 1.0001L; }
+  void compare_saved(int64_t element, Real exact_z, Real a, Real magnitude, Report& report) const {
+    Measured exact{exact_z, 0};
+    if (!layer.has_slopes()) exact = native::slope(layer.activation, exact_z, a);
+    const Real error = kRoundings * unit(layer.dtype) * (magnitude + exact.magnitude);
+    report.near("saved", element, saved.get(element), exact.value, error + half_ulp(exact.value, layer.saved_dtype()));
+  }
+
+  Real half_ulp(Real x, Dtype dtype) const { return layer.dtype == compute ? 0 : ulp(x, dtype) / 2 * 1.0001L; }
 };
 
 void act_dropout_forward(Report& report) {

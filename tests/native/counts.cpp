@@ -1,5 +1,6 @@
 // Work of fixed size for an instruction counter: native_counts <name>. Each function below is counted by itself, with
 // the kernels compiled for AVX2, which valgrind knows (tests).
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -23,25 +24,26 @@ struct Layer {  // y = gelu(x W^T + b) of a ragged layer, fp32
   static constexpr int64_t rows = 61, cols = 150, depth = 300;
   std::vector<float> x = numbers(rows * depth), weight = numbers(cols * depth), bias = numbers(cols);
   std::vector<float> product = numbers(rows * cols), y = numbers(rows * cols), z = numbers(rows * cols);
-  std::unique_ptr<void, void (*)(void*)> scratch{std::aligned_alloc(64, mlpkit::kGemmScratchBytes), std::free};
+  std::unique_ptr<void, void (*)(void*)> scratch{
+      std::aligned_alloc(64, sizeof(float) * (mlpkit::kPanelFloats + mlpkit::kLaneFloats)), std::free};
 };
 
 }  // namespace
 
 extern "C" {
 
-__attribute__((noinline)) void count_gemm_tile(Layer& layer) {
-  mlpkit::GemmTile tile{};
-  tile.dtype_a = tile.dtype_b = mlpkit::Dtype::float32;
-  tile.transpose_b = true;
-  tile.rows = Layer::rows;
-  tile.cols = tile.ldc = Layer::cols;
-  tile.depth = tile.lda = tile.ldb = Layer::depth;
-  tile.a = layer.x.data();
-  tile.b = layer.weight.data();
-  tile.c = layer.product.data();
-  tile.scratch = layer.scratch.get();
-  mlpkit::isa_avx2::gemm_tile(tile);
+__attribute__((noinline)) void count_gemm(Layer& layer) {
+  using mlpkit::Dtype;
+  float* panels = static_cast<float*>(layer.scratch.get());
+  float* lanes = panels + mlpkit::kPanelFloats;
+  for (int64_t k = 0; k < Layer::depth; k += mlpkit::kGemmDepth) {
+    const int64_t depth = std::min(mlpkit::kGemmDepth, Layer::depth - k);
+    mlpkit::isa_avx2::gemm_pack(
+        {Dtype::float32, true, depth, Layer::cols, layer.weight.data() + k, Layer::depth, panels});
+    mlpkit::isa_avx2::gemm_lanes({Dtype::float32, false, Layer::rows, depth, layer.x.data() + k, Layer::depth, lanes});
+    mlpkit::isa_avx2::gemm_multiply({Layer::rows, Layer::cols, depth, lanes, mlpkit::kGemmStride, 1, panels,
+                                     layer.product.data(), Layer::cols, k > 0});
+  }
 }
 
 __attribute__((noinline)) void count_epilogue(Layer& layer) {
@@ -53,7 +55,7 @@ __attribute__((noinline)) void count_epilogue(Layer& layer) {
   args.product_stride = Layer::cols;
   args.bias = layer.bias.data();
   args.y = layer.y.data();
-  args.z = layer.z.data();
+  args.saved = layer.z.data();
   mlpkit::isa_avx2::act_dropout_forward(args);
 }
 
@@ -78,8 +80,8 @@ __attribute__((noinline)) void count_adam(const mlpkit::Update& args) { mlpkit::
 int main(int count, char** arguments) {
   const std::string name = count == 2 ? arguments[1] : "";
   Layer layer;
-  if (name == "gemm_tile") {
-    count_gemm_tile(layer);
+  if (name == "gemm") {
+    count_gemm(layer);
   } else if (name == "epilogue") {
     count_epilogue(layer);
   } else if (name == "mask_tile") {

@@ -33,6 +33,9 @@ struct Layer {
   bool has_slopes() const { return activation == Activation::prelu; }
   bool has_z() const { return activation >= Activation::prelu; }
 
+  // Of what is saved for the backward pass: slopes, or prelu's z.
+  Dtype saved_dtype() const { return dtype == Dtype::bfloat16 && !has_slopes() ? Dtype::float16 : dtype; }
+
   mlpkit::Dropout dropout() const {
     mlpkit::Dropout dropout;
     dropout.seed = 0x123456789abcdef0u;

@@ -1,12 +1,11 @@
-// gemm_tile, and gemm_tile_of_pairs where there is one, against a plain sum in long double (tests).
+// The steps of a product together, in float lanes and where there are any in pairs, against a plain sum in long double
+// (tests).
 #include "cpu/gemm.h"
 #include "harness.h"
 
 namespace {
 
 using namespace native;
-using mlpkit::GemmTile;
-
 // Numbers of op(m), a [lines, numbers] matrix with padding between the lines and none after the last one.
 struct Matrix {
   int64_t rows, cols, stride;
@@ -36,6 +35,20 @@ struct Case {
   int64_t rows, cols, depth, padding;
 };
 
+struct Kernels {
+  void (*pack)(const mlpkit::GemmPack&);
+  void (*lanes)(const mlpkit::GemmLanes&);
+  void (*multiply)(const mlpkit::GemmMultiply&);
+  int64_t longest;
+};
+
+struct Floats {  // as many as a kernel may write
+  explicit Floats(int64_t count) : memory(static_cast<float*>(std::aligned_alloc(64, sizeof(float) * count))) {}
+  ~Floats() { std::free(memory); }
+  Floats(const Floats&) = delete;
+  float* memory;
+};
+
 // A block of up to 512 terms is summed in one chain and the blocks are added up: no term takes part in more roundings
 // than that. A single rounding each of the product counts too.
 Real roundings(int64_t depth) { return static_cast<Real>(std::min<int64_t>(depth, 512) + depth / 32 + 2); }
@@ -58,28 +71,33 @@ void compare(const Case& c, const Matrix& a, const Matrix& b, const Matrix& resu
       report.that("padding is left alone", row, result.numbers.untouched(result.at(row, col)));
 }
 
-void run(const Case& c, void (*kernel)(const GemmTile&), void* scratch, Draw& draw, Report& report) {
+// op(m) from a row and a column on.
+const void* from(Matrix& m, Dtype dtype, int64_t row, int64_t col) {
+  return static_cast<const char*>(m.numbers.data()) + (dtype == Dtype::float32 ? 4 : 2) * m.at(row, col);
+}
+
+void multiply(const Case& c, const Kernels& kernels, Matrix& a, Matrix& b, Matrix& result) {
+  const Floats panels(mlpkit::kPanelFloats), lanes(mlpkit::kLaneFloats);
+  int64_t k = 0;
+  do {
+    const int64_t depth = std::min(kernels.longest, c.depth - k);
+    kernels.pack({c.dtype_b, c.transpose_b, depth, c.cols, from(b, c.dtype_b, k, 0), b.stride, panels.memory});
+    kernels.lanes({c.dtype_a, c.transpose_a, c.rows, depth, from(a, c.dtype_a, 0, k), a.stride, lanes.memory});
+    const int64_t along_rows = c.transpose_a ? 1 : mlpkit::kGemmStride,
+                  along_depth = c.transpose_a ? mlpkit::kGemmStride : 1;
+    kernels.multiply({c.rows, c.cols, depth, lanes.memory, along_rows, along_depth, panels.memory,
+                      static_cast<float*>(result.numbers.data()), result.stride, k > 0});
+    k += kernels.longest;
+  } while (k < c.depth);
+}
+
+void run(const Case& c, const Kernels& kernels, Draw& draw, Report& report) {
   Matrix a(c.dtype_a, c.transpose_a, c.rows, c.depth, c.padding, draw);
   Matrix b(c.dtype_b, c.transpose_b, c.depth, c.cols, c.padding, draw);
   Matrix result(Dtype::float32, false, c.rows, c.cols, c.padding, draw);
   a.numbers.draw(draw, -1, 1);
   b.numbers.draw(draw, -1, 1);
-  GemmTile tile{};
-  tile.dtype_a = c.dtype_a;
-  tile.dtype_b = c.dtype_b;
-  tile.transpose_a = c.transpose_a;
-  tile.transpose_b = c.transpose_b;
-  tile.rows = c.rows;
-  tile.cols = c.cols;
-  tile.depth = c.depth;
-  tile.a = a.numbers.data();
-  tile.lda = a.stride;
-  tile.b = b.numbers.data();
-  tile.ldb = b.stride;
-  tile.c = static_cast<float*>(result.numbers.data());
-  tile.ldc = result.stride;
-  tile.scratch = scratch;
-  kernel(tile);
+  multiply(c, kernels, a, b, result);
   compare(c, a, b, result, report);
 }
 
@@ -91,47 +109,45 @@ Case drawn(Dtype a, Dtype b, bool transpose_a, bool transpose_b, Draw& draw) {
   return {a, b, transpose_a, transpose_b, rows, cols, depth, draw.of<int64_t>({0, 1, 5})};
 }
 
-struct Scratch {
-  void* memory = std::aligned_alloc(64, mlpkit::kGemmScratchBytes);
-  ~Scratch() { std::free(memory); }
-};
-
-void gemm_tile(Report& report) {
+void in_floats(Report& report) {
+  const Kernels kernels{mlpkit::cpu::gemm_pack, mlpkit::cpu::gemm_lanes, mlpkit::cpu::gemm_multiply,
+                        mlpkit::kGemmDepth};
   const std::vector<Dtype> dtypes = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
-  const Scratch scratch;
   Draw draw(11);
   for (const Dtype a : dtypes)
     for (const Dtype b : dtypes)
       for (int transposed = 0; transposed < 4; ++transposed)
-        for (int i = 0; i < 10; ++i)
-          run(drawn(a, b, transposed & 1, transposed & 2, draw), mlpkit::cpu::gemm_tile, scratch.memory, draw, report);
-  // The largest tile fills the scratch to its last byte.
+        for (int i = 0; i < 10; ++i) run(drawn(a, b, transposed & 1, transposed & 2, draw), kernels, draw, report);
+  // The largest product fills panels and lanes to the last byte.
   for (int transposed = 0; transposed < 4; ++transposed)
     run({Dtype::float32, Dtype::bfloat16, bool(transposed & 1), bool(transposed & 2), mlpkit::kGemmRows,
          mlpkit::kGemmCols, 259, 0},
-        mlpkit::cpu::gemm_tile, scratch.memory, draw, report);
+        kernels, draw, report);
 }
 
-NATIVE_CHECK(gemm_tile, gemm_tile);
+NATIVE_CHECK(gemm_pack, in_floats);
+NATIVE_CHECK(gemm_lanes, in_floats);
+NATIVE_CHECK(gemm_multiply, in_floats);
 
-void gemm_tile_of_pairs(Report& report) {
+void in_pairs(Report& report) {
   if (mlpkit::cpu::capability() != mlpkit::cpu::Capability::avx512_bf16)
-    return report.that("only AVX-512 with bf16 has it", 0, true);
+    return report.that("only AVX-512 with bf16 has them", 0, true);
 #if defined(__x86_64__)
-  const Scratch scratch;
+  namespace isa = mlpkit::isa_avx512_bf16;
+  const Kernels kernels{isa::gemm_pack_pairs, isa::gemm_lanes_pairs, isa::gemm_multiply_pairs, 2 * mlpkit::kGemmDepth};
   Draw draw(12);
-  const auto kernel = mlpkit::isa_avx512_bf16::gemm_tile_of_pairs;
   for (int transposed = 0; transposed < 4; ++transposed) {
     for (int i = 0; i < 60; ++i)
-      run(drawn(Dtype::bfloat16, Dtype::bfloat16, transposed & 1, transposed & 2, draw), kernel, scratch.memory, draw,
-          report);
+      run(drawn(Dtype::bfloat16, Dtype::bfloat16, transposed & 1, transposed & 2, draw), kernels, draw, report);
     run({Dtype::bfloat16, Dtype::bfloat16, bool(transposed & 1), bool(transposed & 2), mlpkit::kGemmRows,
          mlpkit::kGemmCols, 515, 0},
-        kernel, scratch.memory, draw, report);
+        kernels, draw, report);
   }
 #endif
 }
 
-NATIVE_CHECK(gemm_tile_of_pairs, gemm_tile_of_pairs);
+NATIVE_CHECK(gemm_pack_pairs, in_pairs);
+NATIVE_CHECK(gemm_lanes_pairs, in_pairs);
+NATIVE_CHECK(gemm_multiply_pairs, in_pairs);
 
 }  // namespace
