@@ -4,13 +4,13 @@
 
 #include <array>
 
+#include "bindings_step.h"
 #include "core/philox.h"
 #include "cpu/capability.h"
 #include "ops/gemm.h"
 #include "ops/linear_act_dropout.h"
 #include "ops/mlp.h"
 #include "ops/mlp_norm.h"
-#include "ops/mlp_step.h"
 #include "ops/norm_act_dropout.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -53,24 +53,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("norm_biases"), py::arg("means"), py::arg("variances"), py::arg("seed"), py::arg("norm"), py::arg("eps"),
       py::arg("activation"), py::arg("negative_slope"), py::arg("p"), py::call_guard<py::gil_scoped_release>());
 
-  m.def(
-      "mlp_step",
-      [](at::Tensor x, at::Tensor target, std::vector<at::Tensor> weights,
-         std::vector<std::optional<at::Tensor>> biases, std::optional<at::Tensor> seed, std::string activation,
-         double negative_slope, std::vector<double> p, std::string loss, double clip_norm, std::string optimizer,
-         std::vector<int64_t> group_of, std::vector<std::optional<at::Tensor>> firsts,
-         std::vector<std::optional<at::Tensor>> seconds, std::vector<std::optional<at::Tensor>> steps,
-         std::vector<std::vector<double>> groups) {
-        const py::gil_scoped_release release;
-        const mlpkit::MlpStepOutcome outcome = mlpkit::mlp_step(
-            {std::move(x), std::move(target), std::move(weights), std::move(biases), std::move(seed),
-             std::move(activation), negative_slope, std::move(p), std::move(loss), clip_norm, std::move(optimizer),
-             std::move(group_of), std::move(firsts), std::move(seconds), std::move(steps), std::move(groups)});
-        return std::make_tuple(outcome.taken, outcome.loss, outcome.norm);
-      },
-      py::arg("x"), py::arg("target"), py::arg("weights"), py::arg("biases"), py::arg("seed"), py::arg("activation"),
-      py::arg("negative_slope"), py::arg("p"), py::arg("loss"), py::arg("clip_norm"), py::arg("optimizer"),
-      py::arg("group_of"), py::arg("firsts"), py::arg("seconds"), py::arg("steps"), py::arg("groups"));
+  mlpkit::bind_step(m);
 
   m.def("cpu_capability", [] { return mlpkit::cpu::capability_name(mlpkit::cpu::capability()); });
   m.def("cpu_capabilities", &mlpkit::cpu::supported_capabilities);

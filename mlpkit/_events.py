@@ -18,6 +18,11 @@ def subscribe(listener: Listener) -> Callable[[], None]:
     return lambda: _listeners.remove(listener)
 
 
+def listened_to() -> bool:
+    """Whether anybody listens: what goes into an event need not be gathered otherwise."""
+    return bool(_listeners)
+
+
 def announce(kind: str, **fields: Any) -> None:
     """Tell every listener; costs one truth test when nobody listens."""
     if _listeners:

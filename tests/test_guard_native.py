@@ -14,6 +14,7 @@ from torch import nn
 from mlpkit.errors import ArgumentError, NonFiniteError
 from mlpkit.guard import TrainStep
 from mlpkit.nn import MLP
+from mlpkit.nn import layers as nn_layers
 from mlpkit.trace import Tracer
 
 OPTIMIZERS = {
@@ -24,23 +25,39 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, 1e-2, betas=(0.8, 0.95)),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3, alpha=0.9, weight_decay=0.01),
 }
-LOSSES = ["cross_entropy", "bce", "mse", "l1", "huber"]
+WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 0.0, 3.0])
+LOSSES = {
+    "cross_entropy": lambda: "cross_entropy",
+    "bce": lambda: "bce",
+    "mse": lambda: "mse",
+    "l1": lambda: "l1",
+    "huber": lambda: "huber",
+    "log_mse": lambda: "log_mse",
+    "smoothed cross_entropy": lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
+    "weighted cross_entropy": lambda: nn.CrossEntropyLoss(WEIGHTS.clone(), ignore_index=2, label_smoothing=0.2),
+    "summed cross_entropy": lambda: nn.CrossEntropyLoss(WEIGHTS.clone(), reduction="sum"),
+    "summed mse": lambda: nn.MSELoss(reduction="sum"),
+    "wide huber": lambda: nn.HuberLoss(delta=0.3),
+}
 
 
-def batch(loss, seed, outputs=5, dtype=torch.float32):
+def batch(loss, seed, outputs=5, dtype=torch.float32, rows=33):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(33, 7, generator=generator)
-    target = torch.randn(33, outputs, generator=generator)
-    if loss == "cross_entropy":
+    x = torch.randn(rows, 7, generator=generator)
+    target = torch.randn(rows, outputs, generator=generator)
+    if loss.endswith("cross_entropy"):
         return x.to(dtype), target.argmax(1)
-    return x.to(dtype), (target.sigmoid() if loss == "bce" else target).to(dtype)
+    target = target.sigmoid() if loss == "bce" else target.exp() if loss == "log_mse" else target
+    return x.to(dtype), target.to(dtype)
 
 
 def trained(optimizer, loss="cross_entropy", steps=3, **options):
     """A step whose optimizer has its state; its next step can be a native one."""
     torch.manual_seed(1)
-    model = MLP(7, (20, 9), 5, activation=options.pop("activation", "gelu"), dropout=0.2)
-    step = TrainStep(model, loss, OPTIMIZERS[optimizer](model.parameters()), **options)
+    model = MLP(7, options.pop("hidden", (20, 9)), 5, activation=options.pop("activation", "gelu"), dropout=0.2)
+    if loss == "log_mse":  # wants positive outputs
+        model.layers[-1].bias.data += 5
+    step = TrainStep(model, LOSSES[loss](), OPTIMIZERS[optimizer](model.parameters()), **options)
     for index in range(steps):
         step(*batch(loss, 100 + index))
     return step
@@ -53,7 +70,7 @@ def general(step):
     kind = type(step.optimizer)
     twin = kind(model.parameters(), lr=0.1)
     twin.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
-    result = TrainStep(model, step._native.loss, twin, clip_norm=step.clip_norm)
+    result = TrainStep(model, step._native.loss, twin, clip_norm=step.clip_norm, precision=step.precision)
     result.load_state_dict(step.state_dict())
     return result
 
@@ -61,10 +78,13 @@ def general(step):
 def in_double(step):
     twin = general(step)
     twin.model.double()
+    loss = step._native.loss
+    if isinstance(loss, nn.Module):
+        loss = copy.deepcopy(loss).double()
     for entries in twin.optimizer.state.values():
         for key, value in entries.items():
             entries[key] = value.double() if isinstance(value, torch.Tensor) and key != "step" else value
-    return TrainStep(twin.model, step._native.loss, twin.optimizer, clip_norm=step.clip_norm)
+    return TrainStep(twin.model, loss, twin.optimizer, clip_norm=step.clip_norm)
 
 
 def everything(step):
@@ -79,22 +99,75 @@ def same(first, second):
     return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_an_update_errs_no_more_than_stock(optimizer, loss, cpu_capability):
-    start = trained(optimizer, loss, clip_norm=0.5)
+def steep(loss="cross_entropy", **options):
+    """A step so long that what comes out is the gradient: its errors are not lost in the parameters' rounding."""
+    step = trained("sgd", loss, steps=0, **options)
+    step.optimizer.param_groups[0].update(lr=1000.0, weight_decay=0.0)
+    return step
+
+
+def assert_errs_no_more_than_stock(start, loss, rows=33):
     changes = {"native": [], "stock": [], "exact": []}
     for seed in SEEDS:
         steps = {"native": copy.deepcopy(start), "stock": general(start), "exact": in_double(start)}
         for name, step in steps.items():
             torch.manual_seed(seed)
-            x, target = batch(loss, seed, dtype=torch.float64 if name == "exact" else torch.float32)
-            step(x, target)
+            step(*batch(loss, seed, dtype=torch.float64 if name == "exact" else torch.float32, rows=rows))
             after = torch.cat([p.detach().double().flatten() for p in step.model.parameters()])
             changes[name].append(after if name == "exact" else after.float())
         assert steps["native"].path == "native", steps["native"].path_reason
         assert steps["stock"].path == "general"
     assert_no_worse_than(changes["native"], changes["stock"], changes["exact"], "updated parameters")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_update_errs_no_more_than_stock(optimizer, cpu_capability):
+    assert_errs_no_more_than_stock(trained(optimizer, clip_norm=0.5), "cross_entropy")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_update_by_every_loss_errs_no_more_than_stock(loss, cpu_capability):
+    assert_errs_no_more_than_stock(steep(loss), loss)
+
+
+@pytest.mark.parametrize("activation", nn_layers.ACTIVATIONS)
+def test_an_update_through_every_activation_errs_no_more_than_stock(activation, cpu_capability):
+    assert_errs_no_more_than_stock(steep(activation=activation), "cross_entropy")
+
+
+@pytest.mark.parametrize(("rows", "hidden"), [(1, (3,)), (31, ()), (600, (300, 1)), (97, (16, 64, 40, 33))])
+def test_an_update_of_every_shape_errs_no_more_than_stock(rows, hidden, cpu_capability):
+    assert_errs_no_more_than_stock(steep("mse", hidden=hidden), "mse", rows)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("activation", nn_layers.ACTIVATIONS)
+def test_an_update_in_bf16_errs_no_more_than_autocast(activation, loss, cpu_capability):
+    assert_errs_no_more_than_stock(steep(loss, activation=activation, precision="bf16"), loss)
+
+
+@pytest.mark.parametrize(("rows", "hidden"), [(1, (3,)), (31, ()), (600, (300, 1)), (97, (16, 64, 40, 33))])
+def test_an_update_in_bf16_of_every_shape_errs_no_more_than_autocast(rows, hidden, cpu_capability):
+    assert_errs_no_more_than_stock(steep("mse", hidden=hidden, precision="bf16"), "mse", rows)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [64, 700])
+def test_threads_change_no_bit(rows, precision):
+    start, threads, results = trained("adam", hidden=(260, 130), precision=precision), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            step = copy.deepcopy(start)
+            torch.manual_seed(0)
+            result = step(*batch("cross_entropy", 0, rows=rows))
+            assert step.path == "native"
+            results.append((everything(step), result.loss, result.grad_norm))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert same(results[0][0], other[0])
+        assert results[0][1:] == other[1:]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -203,6 +276,26 @@ def test_an_update_is_an_in_place_change_that_autograd_knows_of():
     assert step.path == "native"
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_settings_of_a_loss_module_are_read_at_each_step():
+    step = trained("sgd", "weighted cross_entropy")
+    changes = [
+        lambda loss: setattr(loss, "label_smoothing", 0.5),
+        lambda loss: loss.weight.mul_(3.0),
+        lambda loss: setattr(loss, "weight", torch.ones(5)),
+        lambda loss: setattr(loss, "reduction", "sum"),
+        lambda loss: setattr(loss, "ignore_index", 0),
+    ]
+    for index, change in enumerate(changes):
+        change(step._native.loss)
+        twin = general(step)
+        results = []
+        for each in (step, twin):
+            torch.manual_seed(index)
+            results.append(each(*batch("cross_entropy", index)))
+        assert step.path == "native"
+        assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
 
 
 def test_a_scheduler_moves_on_native_steps():
@@ -325,18 +418,20 @@ def test_a_weight_that_two_layers_share_is_updated_once():
 
 def test_parts_that_are_never_native_say_why():
     stock = nn.Sequential(nn.Linear(7, 5))
-    normed, prelu, plain = MLP(7, (8,), 5, norm="batch"), MLP(7, (8,), 5, activation="prelu"), MLP(7, (8,), 5)
+    normed, plain = MLP(7, (8,), 5, norm="batch"), MLP(7, (8,), 5)
+    weighted = nn.CrossEntropyLoss(weight=torch.ones(5, dtype=torch.float64))
     rows = [
         (stock, "cross_entropy", torch.optim.SGD, {}, "not an nn.MLP"),
         (normed, "cross_entropy", torch.optim.SGD, {}, "without a norm"),
-        (prelu, "cross_entropy", torch.optim.SGD, {}, "prelu"),
-        (plain, nn.functional.cross_entropy, torch.optim.SGD, {}, "loss"),
-        (plain, "cross_entropy", torch.optim.Adagrad, {}, "Adagrad"),
-        (plain, "cross_entropy", torch.optim.SGD, {"precision": "bf16"}, "precision"),
-        (plain, "cross_entropy", torch.optim.SGD, {"accumulate": 2}, "accumulated"),
+        (plain, lambda z, t: nn.functional.cross_entropy(z, t), torch.optim.SGD, {}, "loss"),
+        (plain.double(), weighted, torch.optim.SGD, {}, "float32"),
+        (MLP(7, (8,), 5), "cross_entropy", torch.optim.Adagrad, {}, "Adagrad"),
+        (MLP(7, (8,), 5), "cross_entropy", torch.optim.SGD, {"precision": "fp16"}, "precision"),
+        (MLP(7, (8,), 5), "cross_entropy", torch.optim.SGD, {"accumulate": 2}, "accumulated"),
     ]
     for model, loss, optimizer, options, reason in rows:
         step = TrainStep(model, loss, optimizer(model.parameters(), 0.1), **options)
-        step(*batch("cross_entropy", 0))
+        x, target = batch("cross_entropy", 0)
+        step(x.to(model.layers[0].weight.dtype) if isinstance(model, MLP) else x, target)
         assert step.path == "general"
         assert reason in step.path_reason

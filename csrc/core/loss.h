@@ -1,53 +1,77 @@
-// Losses and their slopes by the output, each formula once (core; host and device). z: an output, t: its target.
+// Losses and their slopes by the output, each formula once (core; host and device). F is float or a SIMD vector of
+// floats. z: an output, t: its target.
 #pragma once
 #include "core/macros.h"
 #include "core/math.h"
 
 namespace mlpkit {
 
-enum class Loss : int { cross_entropy, bce, mse, l1, huber };
+enum class Loss : int { cross_entropy, bce, mse, l1, huber, log_mse };
 
 }  // namespace mlpkit
 
 MLPKIT_BEGIN_ISA
 
+template <class F>
 struct LossTerm {
-  float value, slope;
+  F value, slope;
 };
 
 // (z - t)^2
-MLPKIT_HD LossTerm mse(float z, float t) { return {(z - t) * (z - t), 2.f * (z - t)}; }
+struct Mse {
+  template <class F>
+  MLPKIT_HD static LossTerm<F> at(F z, F t, float) {
+    return {(z - t) * (z - t), 2.f * (z - t)};
+  }
+};
 
 // |z - t|; the slope at 0 is 0
-MLPKIT_HD LossTerm l1(float z, float t) {
-  const float d = z - t;
-  return {math::absolute(d), d > 0.f ? 1.f : (d < 0.f ? -1.f : d * 0.f)};
-}
+struct L1 {
+  template <class F>
+  MLPKIT_HD static LossTerm<F> at(F z, F t, float) {
+    const F d = z - t;
+    return {math::absolute(d), d > 0.f ? F{} + 1.f : (d < 0.f ? F{} - 1.f : d * 0.f)};
+  }
+};
 
-// d^2 / 2 where |d| < 1, |d| - 1/2 elsewhere,  d = z - t
-MLPKIT_HD LossTerm huber(float z, float t) {
-  const float d = z - t, size = math::absolute(d);
-  if (size < 1.f) return {0.5f * d * d, d};
-  return {size - 0.5f, d > 0.f ? 1.f : (d < 0.f ? -1.f : d)};
-}
+// d^2 / 2 where |d| < delta, delta (|d| - delta / 2) elsewhere,  d = z - t
+struct Huber {
+  template <class F>
+  MLPKIT_HD static LossTerm<F> at(F z, F t, float delta) {
+    const F d = z - t, size = math::absolute(d);
+    return {size < delta ? 0.5f * d * d : delta * (size - 0.5f * delta),
+            size < delta ? d : (d > 0.f ? F{} + delta : (d < 0.f ? F{} - delta : d))};
+  }
+};
 
 // max(z, 0) - z t + log(1 + exp(-|z|)),  slope sigmoid(z) - t
-MLPKIT_HD LossTerm bce(float z, float t) {
-  const float positive = z > 0.f ? z : (z <= 0.f ? 0.f : z);
-  return {positive - z * t + ::log1pf(math::exp(-math::absolute(z))), math::sigmoid(z) - t};
-}
-
-// -log softmax(z)[t] over one row; slope softmax(z) - [j = t], written to slopes times scale
-MLPKIT_HD float cross_entropy(const float* z, int64_t classes, int64_t t, float scale, float* slopes) {
-  float top = z[0];
-  for (int64_t j = 1; j < classes; ++j) top = z[j] > top ? z[j] : top;
-  float sum = 0.f;
-  for (int64_t j = 0; j < classes; ++j) {
-    slopes[j] = math::exp(z[j] - top);
-    sum += slopes[j];
+struct Bce {
+  template <class F>
+  MLPKIT_HD static LossTerm<F> at(F z, F t, float) {
+    const F positive = z > 0.f ? z : (z <= 0.f ? F{} : z);
+    return {positive - z * t + math::log1p_up_to_1(math::exp(-math::absolute(z))), math::sigmoid(z) - t};
   }
-  for (int64_t j = 0; j < classes; ++j) slopes[j] = scale * (slopes[j] / sum - (j == t ? 1.f : 0.f));
-  return ::logf(sum) + top - z[t];
-}
+};
+
+// (log z - log t)^2
+struct LogMse {
+  template <class F>
+  MLPKIT_HD static LossTerm<F> at(F z, F t, float) {
+    const F d = math::log(z) - math::log(t);
+    return {d * d, 2.f * d / z};
+  }
+};
+
+// With w the weight of a row's class t, e the label smoothing, C classes of weights v and W their sum:
+//   w (1 - e) (S - z_t) + e / C sum_j v_j (S - z_j),  S = log sum_j exp z_j
+// slope by z_j: w (1 - e) (softmax_j - [j = t]) + e / C (W softmax_j - v_j).
+struct CrossEntropy {
+  float certain, spread, total;  // 1 - e, e / C, W
+
+  template <class F>
+  MLPKIT_HD F slope(F softmax, F is_class, F weight, F v) const {
+    return weight * certain * (softmax - is_class) + spread * (total * softmax - v);
+  }
+};
 
 MLPKIT_END_ISA

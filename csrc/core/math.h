@@ -91,6 +91,36 @@ MLPKIT_HD F exp_of_negative(F x, F y) {
 }
 MLPKIT_HD double exp(double x) { return ::exp(x); }
 
+// log(m) = 2 atanh(s),  s = (m - 1) / (m + 1),  as s (2 + s^2 L(s^2)) for |s| <= 1/3
+template <class F>
+MLPKIT_HD F log_of_ratio(F s) {
+  const F t = s * s;
+  F q = t * 0.23244251f + 0.21702312f;
+  q = q * t + 0.28592643f;
+  q = q * t + 0.399996996f;
+  q = q * t + 0.666666687f;
+  return s * (2.f + t * q);
+}
+// log(1 + x) for 0 <= x <= 1: nothing is lost where 1 + x would round to 1.
+template <class F>
+MLPKIT_HD F log1p_up_to_1(F x) {
+  return log_of_ratio(x / (2.f + x));
+}
+// log(x) = n ln 2 + log(m),  x = 2^n m,  sqrt(1/2) <= m < sqrt(2). `shifted` is n plus 1.5 * 2^23 as bits.
+template <class F>
+MLPKIT_HD F log(F x) {
+  using I = typename IntOf<F>::type;
+  const F subnormal = x < 1.17549435e-38f ? F{} + 1.f : F{};
+  const F normal = x * (1.f + subnormal * 8388607.f);
+  const I bits = bits_as<I>(normal) - 0x3f3504f3;
+  const F n = (bits_as<F>((bits >> 23) + 0x4b400000) - 12582912.f) - subnormal * 23.f;
+  const F m = bits_as<F>((bits & 0x7fffff) + 0x3f3504f3);
+  const F inside = n * 0.693359375f + (log_of_ratio((m - 1.f) / (m + 1.f)) - n * 2.12194440e-4f);
+  constexpr float infinity = __builtin_inff();
+  const F positive = x < infinity ? inside : x;
+  return x > 0.f ? positive : (x < 0.f ? F{} + __builtin_nanf("") : (x == 0.f ? F{} - infinity : x));
+}
+
 // tanh(x) = x + x^3 T(x^2) near 0,  sign(x) (1 - 2 / (exp(2|x|) + 1)) elsewhere
 template <class F>
 MLPKIT_HD F tanh(F x) {

@@ -16,7 +16,7 @@ struct OptimizerSettings {
   bool nesterov;
   float lr, weight_decay, momentum, undamped;  // undamped: 1 - dampening
   float beta2, rest1, rest2, eps;              // rest: 1 - beta; rmsprop's alpha is beta2
-  float step_size, correction2, shrink;        // adam: lr / (1 - beta1^t), sqrt(1 - beta2^t), adamw's 1 - lr wd
+  float step_size, correction2, shrink;        // adam: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), adamw's 1 - lr wd
 };
 
 }  // namespace mlpkit
@@ -49,7 +49,7 @@ struct Adam {
       g = g + s.weight_decay * p;
     first = first + s.rest1 * (g - first);
     second = s.beta2 * second + s.rest2 * (g * g);
-    p = p - s.step_size * (first / (math::sqrt(second) / s.correction2 + s.eps));
+    p = p - s.step_size * (first / (math::sqrt(second) * s.correction2 + s.eps));
   }
 };
 

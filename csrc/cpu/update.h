@@ -17,13 +17,11 @@ struct Update {
 
 struct Inspect {        // results are added to what is there
   const float* p;       // [count]
-  const float* g;       // [count]
   const float* first;   // [count] or nullptr
   const float* second;  // [count] or nullptr
   int64_t count;
-  double* squares;  // sum of g^2, in fp64
-  float* largest;   // largest |p|, |first|, |second|; NaN counts as larger than Inf and stays
-  bool* negative;   // whether an element of second is below zero
+  float* largest;  // largest |p|, |first|, |second|; NaN counts as larger than Inf and stays
+  bool* negative;  // whether an element of second is below zero
 };
 
 }  // namespace mlpkit

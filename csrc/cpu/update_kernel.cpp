@@ -40,11 +40,8 @@ void update(const Update& args) {
 void inspect(const Inspect& args) {
   // As integers, magnitudes order like floats, with NaN above Inf.
   IntVec largest{}, signs{};
-  double squares[kLanes] = {};
   for (int64_t at = 0; at < args.count; at += kLanes) {
     const int64_t n = args.count - at;
-    const FloatVec g = load_part<FloatVec>(args.g + at, n);
-    for (int i = 0; i < kLanes; ++i) squares[i] += static_cast<double>(g[i]) * g[i];
     const auto see = [&](const float* from) __attribute__((always_inline)) {
       const IntVec magnitude = load_part<IntVec>(from + at, n) & 0x7fffffff;
       largest = magnitude > largest ? magnitude : largest;
@@ -58,7 +55,6 @@ void inspect(const Inspect& args) {
   }
   int32_t top = math::bits_as<int32_t>(*args.largest);
   for (int i = 0; i < kLanes; ++i) {
-    *args.squares += squares[i];
     *args.negative = *args.negative || signs[i] < 0;
     top = largest[i] > top ? largest[i] : top;
   }

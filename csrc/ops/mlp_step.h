@@ -1,30 +1,39 @@
-// A whole training step of an MLP in one call (ops).
+// A whole training step of an MLP in one call: forward, loss, backward, inspection, then the update or nothing (ops).
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "core/loss.h"
+#include "core/optimizer.h"
+
 namespace mlpkit {
 
-struct MlpStep {         // float32 on the CPU throughout; layers as in mlp
-  at::Tensor x, target;  // x: [rows, in_features]; target: int64 [rows] for cross_entropy, otherwise as the output
-  std::vector<at::Tensor> weights;
-  std::vector<std::optional<at::Tensor>> biases;
-  std::optional<at::Tensor> seed;
-  std::string activation;
-  double negative_slope;
-  std::vector<double> p;
-  std::string loss;       // cross_entropy, bce, mse, l1 or huber
-  double clip_norm;       // 0: no clipping
-  std::string optimizer;  // sgd, adam, adamw or rmsprop
-  // For each parameter (weight, bias, weight, bias, ...; absent biases left out): its group, or -1 where it is not
-  // trained, and its state as torch.optim keeps it.
-  std::vector<int64_t> group_of;
-  std::vector<std::optional<at::Tensor>> firsts, seconds, steps;
-  // For each group: lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps.
-  std::vector<std::vector<double>> groups;
+struct MlpStepLayer {
+  at::Tensor weight;  // [out, in]
+  std::optional<at::Tensor> bias, slope;
+};
+
+struct MlpStepLoss {
+  Loss kind;
+  bool mean;  // otherwise the sum
+  double delta = 1.0, label_smoothing = 0.0;
+  int64_t ignore_index = -100;
+  std::optional<at::Tensor> class_weights;
+};
+
+// A parameter's place in the optimizer: its group and its state as torch.optim keeps it.
+struct MlpStepState {
+  int64_t group;
+  std::optional<at::Tensor> first, second, step;
+};
+
+struct MlpStepGroup {
+  double lr, weight_decay, momentum, dampening, beta1, beta2, eps;
+  bool nesterov;
 };
 
 struct MlpStepOutcome {
@@ -32,6 +41,25 @@ struct MlpStepOutcome {
   double loss, norm;
 };
 
-MlpStepOutcome mlp_step(const MlpStep&);
+// Parameters, gradients and state are float32 on the CPU; bfloat16: inputs, weights, outputs of hidden layers and what
+// flows back are rounded to that before they are multiplied, as under autocast. Parameters count as weight, bias, slope
+// of the first layer, and so on, absent ones left out. What the caller vouches for: contiguous tensors of the right
+// dtype and shape, all of them trained.
+class MlpStep {
+ public:
+  MlpStep(std::vector<MlpStepLayer> layers, bool bfloat16, const std::string& activation, double negative_slope,
+          MlpStepLoss loss, const std::string& optimizer, std::vector<MlpStepState> states);
+  ~MlpStep();
+
+  // x: [rows, in]; target: int64 [rows] for cross_entropy, otherwise float32 [rows, out]; p: one for each hidden layer;
+  // clip_norm 0 means none. Draws one seed from torch's generator where any p is above 0, and puts the generator back
+  // when the step is not taken.
+  MlpStepOutcome take(const at::Tensor& x, const at::Tensor& target, const std::vector<double>& p, double clip_norm,
+                      const std::vector<MlpStepGroup>& groups);
+
+ private:
+  struct Work;
+  std::unique_ptr<Work> work_;
+};
 
 }  // namespace mlpkit

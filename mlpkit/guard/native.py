@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.optim import optimizer as optimizer_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mlpkit._ext import _C
 from mlpkit.guard import bounds
+from mlpkit.guard.losses import LossSpec, describe
 from mlpkit.nn import MLP
 from mlpkit.nn._whole import Whole, globally_hooked, whole
 
-LOSSES = ("cross_entropy", "bce", "mse", "l1", "huber")
 _NAMES: dict[type, str] = {
     torch.optim.SGD: "sgd",
     torch.optim.Adam: "adam",
@@ -35,13 +37,18 @@ _STATE = {
     "rmsprop": (None, "square_avg"),
 }
 _UNUSUAL = ("amsgrad", "maximize", "centered", "differentiable", "capturable")
+_GLOBAL_HOOKS = [
+    module_hooks._global_forward_hooks,
+    module_hooks._global_forward_pre_hooks,
+    module_hooks._global_backward_hooks,
+    module_hooks._global_backward_pre_hooks,
+    optimizer_hooks._global_optimizer_pre_hooks,
+    optimizer_hooks._global_optimizer_post_hooks,
+]
+_LOSS_SETTINGS = ("reduction", "label_smoothing", "ignore_index", "delta")
+_REFUSED = "something was not finite, too large to vouch for, or out of range"
 
-
-class Outcome(NamedTuple):
-    """Of a step that was taken: the mean loss, and the norm of the gradients before clipping."""
-
-    loss: float
-    norm: float
+Outcome = tuple[float, float]  # of a step that was taken: the loss, and the norm of the gradients before clipping
 
 
 class NativeStep:
@@ -50,70 +57,82 @@ class NativeStep:
     def __init__(
         self, model: nn.Module, loss: object, optimizer: torch.optim.Optimizer, precision: str, accumulate: int
     ) -> None:
-        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.model, self.loss, self.optimizer, self.precision = model, loss, optimizer, precision
         self.never = _never(model, loss, optimizer, precision, accumulate)
         self.why_not: str | None = self.never or "no step was taken yet"
-        self._known: list[Entry] = []
-        self._shape: list[tuple[int, bool]] = []
+        self._step: Any = None  # a _C.MlpStep: sees for itself whether all is still as it was proven to be
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_step": None}  # a copy proves anew
+
+    def again(self, inputs: Any, target: Any, clip_norm: float | None) -> Outcome | bool | None:
+        """Take the step where all is as it was at the last one; False: refused; None: not the same, so ``attempt``."""
+        if self._step is None:
+            return None
+        outcome: Outcome | bool | None = self._step.take(inputs, target, clip_norm or 0.0)
+        if outcome is not None:
+            self.why_not = None if outcome else _REFUSED
+        return outcome
 
     def attempt(
         self, inputs: Any, target: Any, clip_norm: float | None, show: Callable[[Any, Any], None]
-    ) -> Outcome | None:
-        """Take the step, or change nothing and return None; ``show(inputs, target)`` runs it for whoever watches."""
-        if self.never:
-            return None
+    ) -> Outcome | bool | None:
+        """Take the step, or change nothing; ``show(inputs, target)`` runs it for whoever watches."""
+        outcome = None if self.never else self._prove_and_take(inputs, target, clip_norm or 0.0, show)
+        if outcome is not None:
+            self.why_not = None if outcome else _REFUSED
+        return outcome
+
+    def _prove_and_take(
+        self, inputs: Any, target: Any, clip_norm: float, show: Callable[[Any, Any], None]
+    ) -> Outcome | bool | None:
         assert isinstance(self.model, MLP)
-        network = whole(self.model.layers)
-        self.why_not = _not_now(self.model, network, self.optimizer, inputs, target, self.loss)
-        if self.why_not or network is None:
+        self._step = None
+        network, spec = whole(self.model.layers), describe(self.loss)
+        self.why_not = _not_now(self.model, network, self.optimizer, inputs, target, spec)
+        if self.why_not or network is None or spec is None:
             return None
-        if not self._known_still(network):
-            found = _entries(network, self.optimizer)
-            if isinstance(found, str):
-                self.why_not = found
-                return None
-            self._known, self._shape = found, _shape(self.optimizer)
-        if any(entry.parameter._backward_hooks or _accumulate_hooks(entry.parameter) for entry in self._known):
-            self.why_not = "a parameter has a gradient hook"
+        entries = _entries(network, self.optimizer)
+        if isinstance(entries, str):
+            self.why_not = entries
             return None
-        random = torch.get_rng_state()
+        self._step = self._native(network, spec, entries)
         if globally_hooked() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            random = torch.get_rng_state()
             show(inputs, target)
             torch.set_rng_state(random)
         with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
-            taken, loss, norm = self._call(network, inputs, target, clip_norm)
-        if not taken:
-            torch.set_rng_state(random)
-            self.why_not = "something was not finite, too large to vouch for, or out of range"
-            return None
-        return Outcome(loss, norm)
+            outcome: Outcome | bool | None = self._step.take_proven(inputs, target, clip_norm)
+        if outcome is None:
+            self.why_not = "the optimizer has settings that the native update does not vouch for"
+        return outcome
 
-    def _known_still(self, network: Whole) -> bool:
-        return self._shape == _shape(self.optimizer) and _still(self._known, network, self.optimizer)
-
-    def _call(
-        self, network: Whole, inputs: Tensor, target: Tensor, clip_norm: float | None
-    ) -> tuple[bool, float, float]:
-        seed = None
-        if any(network.p):
-            seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
-        return _C.mlp_step(  # type: ignore[no-any-return]
-            inputs,
-            target,
-            network.weights,
-            network.biases,
-            seed,
+    def _native(self, network: Whole, spec: LossSpec, entries: list[Entry]) -> Any:
+        assert isinstance(self.model, MLP)
+        slopes: list[Tensor | None] = [*network.slope] if isinstance(network.slope, list) else []
+        slopes += [None] * (len(network.weights) - len(slopes))
+        loss = [self.loss] if isinstance(self.loss, nn.Module) else []
+        kept = [(layer.__dict__, name) for layer in self.model.layers for name in ("activation", "slope")]
+        kept += [(one.__dict__, name) for one in loss for name in _LOSS_SETTINGS if name in one.__dict__]
+        kept += [(one._buffers, name) for one in loss for name in one._buffers]
+        return _C.MlpStep(
+            self.model,
+            list(zip(self.model.layers, network.weights, network.biases, slopes)),
+            self.optimizer,
+            _GLOBAL_HOOKS,
+            self.precision == "bf16",
+            spec.kind,
+            spec.reduction == "mean",
+            spec.delta,
+            spec.label_smoothing,
+            spec.ignore_index,
+            spec.weight,
+            _NAMES[type(self.optimizer)],
             network.activation,
             network.slope if isinstance(network.slope, float) else 0.0,
-            network.p,
-            str(self.loss),
-            clip_norm or 0.0,
-            _NAMES[type(self.optimizer)],
-            [entry.group for entry in self._known],
-            [entry.first for entry in self._known],
-            [entry.second for entry in self._known],
-            [entry.step for entry in self._known],
-            [_settings(group) for group in self.optimizer.param_groups],
+            entries,
+            loss,
+            [(entry, name) for entry, name in kept if name in entry],
         )
 
 
@@ -123,25 +142,30 @@ def _never(
     """Why no step of these parts can go the native way; None if some can."""
     if type(model) is not MLP or model.norm is not None:
         return "the model is not an nn.MLP without a norm"
-    if loss not in LOSSES:
-        return f"the loss is not one of {', '.join(LOSSES)}"
+    if describe(loss) is None and not isinstance(loss, nn.Module):
+        return "the loss is not a known one"
     if type(optimizer) not in _NAMES:
         return f"the optimizer is {type(optimizer).__name__}"
-    if precision != "fp32" or accumulate != 1:
-        return "precision is not fp32" if precision != "fp32" else "gradients are accumulated"
+    if precision == "fp16" or accumulate != 1:
+        return "precision is fp16" if precision == "fp16" else "gradients are accumulated"
     if any(parameter.dtype != torch.float32 or parameter.device.type != "cpu" for parameter in model.parameters()):
         return "a parameter is not float32 on the CPU"
     return None
 
 
 def _not_now(
-    model: MLP, network: Whole | None, optimizer: torch.optim.Optimizer, inputs: Any, target: Any, loss: object
+    model: MLP,
+    network: Whole | None,
+    optimizer: torch.optim.Optimizer,
+    inputs: Any,
+    target: Any,
+    spec: LossSpec | None,
 ) -> str | None:
     """Why this step cannot go the native way; None if it can."""
     if network is None or _changed(model):
         return "a hook, a replaced layer or autocast changes the model"
-    if network.activation == "prelu":
-        return "prelu's slope is trained the general way"
+    if spec is None or spec.pos_weight is not None or (spec.weight is not None and not _weights_classes(spec)):
+        return "the loss has hooks, or settings that the native step does not know"
     if not isinstance(inputs, Tensor) or not isinstance(target, Tensor):
         return "inputs or target are not tensors"
     for tensor in (inputs, target):
@@ -150,12 +174,28 @@ def _not_now(
     rows, outputs = inputs.shape[0] if inputs.dim() else 0, network.weights[-1].shape[0]
     if inputs.dtype != torch.float32 or inputs.dim() != 2 or inputs.shape[1] != network.weights[0].shape[1] or not rows:
         return "the inputs are not float32 rows of in_features"
-    wanted = (torch.int64, (rows,)) if loss == "cross_entropy" else (torch.float32, (rows, outputs))
+    if spec.weight is not None and spec.weight.numel() != outputs:
+        return "the loss has another number of class weights than the model has outputs"
+    wanted = (torch.int64, (rows,)) if spec.kind == "cross_entropy" else (torch.float32, (rows, outputs))
     if (target.dtype, tuple(target.shape)) != wanted:
         return f"the target is not {wanted[0]} of shape {wanted[1]}"
+    if _foreign_optimizer_hooks():
+        return "every optimizer of the process has hooks"
     if not bounds.provable(optimizer) or any(group.get(name) for group in optimizer.param_groups for name in _UNUSUAL):
         return "the optimizer has hooks or settings that the native update does not vouch for"
     return None
+
+
+def _foreign_optimizer_hooks() -> bool:
+    """Hooks on every optimizer that are not a tracer's, which is told of native steps by an announcement."""
+    every = (optimizer_hooks._global_optimizer_pre_hooks, optimizer_hooks._global_optimizer_post_hooks)
+    modules = (getattr(hook, "__module__", None) or "" for hooks in every for hook in hooks.values())
+    return any(not module.startswith("mlpkit.") for module in modules)
+
+
+def _weights_classes(spec: LossSpec) -> bool:
+    weight = spec.weight
+    return spec.kind == "cross_entropy" and weight is not None and _usable(weight, weight) and weight.dim() == 1
 
 
 def _changed(model: MLP) -> bool:
@@ -164,14 +204,13 @@ def _changed(model: MLP) -> bool:
 
 
 class Entry(NamedTuple):
-    """A trained parameter, where its state lies, and the tensors found there."""
+    """Where the state of a trained parameter lies: its group, its dictionary, and the keys in it that are used."""
 
-    parameter: Tensor
-    entries: dict[str, Any]
     group: int
-    first: Tensor | None
-    second: Tensor | None
-    step: Tensor | None
+    state: dict[str, Any]
+    first: str | None
+    second: str | None
+    step: str | None
 
 
 def _entries(network: Whole, optimizer: torch.optim.Optimizer) -> list[Entry] | str:
@@ -179,58 +218,38 @@ def _entries(network: Whole, optimizer: torch.optim.Optimizer) -> list[Entry] | 
     kind = _NAMES[type(optimizer)]
     groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     found: list[Entry] = []
-    for weight, bias in zip(network.weights, network.biases):
-        for parameter in (weight,) if bias is None else (weight, bias):
-            group = groups.get(id(parameter))
-            if group is None or not parameter.requires_grad or not _usable(parameter, parameter):
-                return "a parameter is frozen, not contiguous float32 on the CPU, or not the optimizer's"
-            if any(entry.parameter is parameter for entry in found):
-                return "two layers share a parameter, whose gradients would have to be summed"
-            momentum = optimizer.param_groups[group].get("momentum", 0.0)
-            if kind == "rmsprop" and momentum:
-                return "RMSprop's momentum is updated the general way"
-            entries = optimizer.state.get(parameter, {})
-            keys = [None if kind == "sgd" and not momentum else key for key in _STATE[kind]]
-            first, second = (entries.get(key) for key in keys)
-            if any(key and not _usable(state, parameter) for key, state in zip(keys, (first, second))):
-                return "the optimizer's state is made by its first step, the general way"
-            step = entries.get("step")
-            if kind != "sgd" and not (isinstance(step, Tensor) and step.dtype == torch.float32 and not step.dim()):
-                return "the optimizer's step count is not a float32 tensor"
-            found.append(Entry(parameter, entries, group, first, second, step))
+    seen: set[int] = set()
+    for parameter in _in_order(network):
+        group = groups.get(id(parameter))
+        if group is None or not parameter.requires_grad or not _usable(parameter, parameter):
+            return "a parameter is frozen, not contiguous float32 on the CPU, or not the optimizer's"
+        if id(parameter) in seen:
+            return "two layers share a parameter, whose gradients would have to be summed"
+        seen.add(id(parameter))
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return "a parameter has a gradient hook"
+        momentum = optimizer.param_groups[group].get("momentum", 0.0)
+        if kind == "rmsprop" and momentum:
+            return "RMSprop's momentum is updated the general way"
+        state = optimizer.state.get(parameter, {})
+        keys = [None if kind == "sgd" and not momentum else key for key in _STATE[kind]]
+        if any(key and not _usable(state.get(key), parameter) for key in keys):
+            return "the optimizer's state is made by its first step, the general way"
+        step = state.get("step")
+        if kind != "sgd" and not (isinstance(step, Tensor) and step.dtype == torch.float32 and not step.dim()):
+            return "the optimizer's step count is not a float32 tensor"
+        found.append(Entry(group, state, keys[0], keys[1], None if kind == "sgd" else "step"))
     return found
 
 
-def _still(found: list[Entry], network: Whole, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether what was found the last time is still all there: the tensors themselves, in the same places."""
-    first_key, second_key = _STATE[_NAMES[type(optimizer)]]
-    state, position = optimizer.state, 0
-    for weight, bias in zip(network.weights, network.biases):
-        for parameter in (weight,) if bias is None else (weight, bias):
-            if position == len(found):
-                return False
-            known, entries = found[position], state.get(parameter)
-            position += 1
-            if known.parameter is not parameter or known.entries is not entries or not parameter.requires_grad:
-                return False
-            if not _usable(parameter, parameter):  # `.data` may hold another memory than the last time
-                return False
-            if known.first is not None and entries.get(first_key or "") is not known.first:
-                return False
-            if known.second is not None and entries.get(second_key or "") is not known.second:
-                return False
-            if known.step is not None and entries.get("step") is not known.step:
-                return False
-    return position == len(found)
-
-
-def _shape(optimizer: torch.optim.Optimizer) -> list[tuple[int, bool]]:
-    """What decides which state an optimizer's parameters have: the sizes of its groups, and who has momentum."""
-    return [(len(group["params"]), bool(group.get("momentum", 0.0))) for group in optimizer.param_groups]
-
-
-def _accumulate_hooks(parameter: Tensor) -> bool:
-    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+def _in_order(network: Whole) -> list[Tensor]:
+    """Weight, bias and slope of each layer, absent ones left out."""
+    slopes = network.slope if isinstance(network.slope, list) else []
+    found: list[Tensor] = []
+    for index, (weight, bias) in enumerate(zip(network.weights, network.biases)):
+        found += [weight] if bias is None else [weight, bias]
+        found += slopes[index : index + 1]
+    return found
 
 
 def _usable(state: Any, parameter: Tensor) -> bool:
@@ -241,9 +260,3 @@ def _usable(state: Any, parameter: Tensor) -> bool:
         and state.is_contiguous()
         and state.device.type == "cpu"
     )
-
-
-def _settings(group: dict[str, Any]) -> list[float]:
-    beta1, beta2 = group.get("betas", (0.0, group.get("alpha", 0.0)))
-    names = ("lr", "weight_decay", "momentum", "dampening", "nesterov")
-    return [*(float(group.get(name, 0.0)) for name in names), float(beta1), float(beta2), float(group.get("eps", 0.0))]

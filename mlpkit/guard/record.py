@@ -58,9 +58,9 @@ class SkipRecord:
 class Window:
     """The fate that the micro-batches of one step share; ``record`` is set when the step was skipped."""
 
-    def __init__(self) -> None:
-        self.done = False
-        self.norm: Tensor | float | None = None
+    def __init__(self, done: bool = False, norm: Tensor | float | None = None) -> None:
+        self.done = done
+        self.norm = norm
         self.record: SkipRecord | None = None
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlpkit._events import announce
+from mlpkit._events import announce, listened_to
 from mlpkit.errors import ArgumentError, NonFiniteError
 from mlpkit.guard import bounds, census, checks
 from mlpkit.guard.census import Finding
 from mlpkit.guard.culprit import Evidence, forward_culprit, make_record, refuse_bad_state
 from mlpkit.guard.losses import Loss, describe, own_loss, resolve
-from mlpkit.guard.native import NativeStep, Outcome
+from mlpkit.guard.native import NativeStep
 from mlpkit.guard.record import SkipRecord, StepResult, Window
 from mlpkit.guard.replay import MicroBatch, random_state
 from mlpkit.guard.scale import LossScale, ScaleChange, check_scale, scaled
@@ -101,16 +101,12 @@ class TrainStep:
 
     def __call__(self, inputs: Tensor | Sequence[Any] | Mapping[str, Any], target: Any = None) -> StepResult:
         """Take one step, or with ``accumulate`` a part of one; inputs: a tensor, or a tuple or dict of arguments."""
-        if self._loss is None and target is not None:
-            raise ArgumentError(
-                "TrainStep: a target came, but loss=None takes the output's .loss; put it into the inputs"
-            )
-        if target is None and describe(self._loss):
-            raise ArgumentError("TrainStep: no target came; call step(inputs, target), or give loss=None or a callable")
-        checks.check_settings(self.optimizer)
-        outcome = self._native.attempt(inputs, target, self.clip_norm, self._show)
-        if outcome is not None:
-            return self._taken_natively(outcome)
+        outcome = self._native.again(inputs, target, self.clip_norm)
+        if outcome is None:
+            self._check_call(target)
+            outcome = self._native.attempt(inputs, target, self.clip_norm, self._show)
+        if isinstance(outcome, tuple):
+            return self._taken_natively(*outcome)
         if not self._batches:
             self._window = Window()
             self._clear_gradients()
@@ -120,6 +116,15 @@ class TrainStep:
             self._finish()
         return result
 
+    def _check_call(self, target: Any) -> None:
+        if self._loss is None and target is not None:
+            raise ArgumentError(
+                "TrainStep: a target came, but loss=None takes the output's .loss; put it into the inputs"
+            )
+        if target is None and describe(self._loss):
+            raise ArgumentError("TrainStep: no target came; call step(inputs, target), or give loss=None or a callable")
+        checks.check_settings(self.optimizer)
+
     def _show(self, inputs: Any, target: Any) -> None:
         try:
             assert self._loss is not None
@@ -127,16 +132,16 @@ class TrainStep:
         finally:
             self._clear_gradients()
 
-    def _taken_natively(self, outcome: Outcome) -> StepResult:
-        self._clear_gradients()
-        self._window = Window()
-        self._window.done, self._window.norm = True, outcome.norm
+    def _taken_natively(self, loss: float, norm: float) -> StepResult:
+        self._window = Window(done=True, norm=norm)
         step = self.steps
         self.steps += 1
-        self._after_update(step)
-        saved = len(parameters_of(self.optimizer))
-        announce("step", step=step, skipped=False, culprit=None, scale=1.0, parameters=saved)
-        return StepResult(outcome.loss, 1.0, self._window)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if listened_to():
+            saved = len(parameters_of(self.optimizer))
+            announce("step", step=step, skipped=False, culprit=None, scale=1.0, parameters=saved)
+        return StepResult(loss, 1.0, self._window)
 
     def _forward_backward(self, inputs: Any, target: Any) -> Tensor:
         before = random_state(self._device)

@@ -40,7 +40,7 @@ std::pair<State, State> exact(const OptimizerSettings& s, State at, Real g) {
   }
   at.first += s.rest1 * (g - at.first);
   size.first += s.rest1 * (size_of_g + size.first);
-  const Real divisor = root / s.correction2 + s.eps;
+  const Real divisor = root * s.correction2 + s.eps;
   at.p -= s.step_size * (at.first / divisor);
   // An error of the second moment's relative size is one of the step's.
   size.p += s.step_size * (size.first / divisor) * size.second / at.second;
@@ -60,7 +60,7 @@ OptimizerSettings settings(Optimizer kind, bool nesterov, float momentum, float 
   s.rest2 = 0.01f;
   s.eps = 1e-8f;
   s.step_size = 0.02f;
-  s.correction2 = 0.2f;
+  s.correction2 = 5.f;
   s.shrink = 0.999f;
   return s;
 }
@@ -107,29 +107,25 @@ void update(Report& report) {
 NATIVE_CHECK(update, update);
 
 void inspect_once(int64_t count, bool has_first, bool has_second, Real planted, Draw& draw, Report& report) {
-  Numbers p(Dtype::float32, count, draw), g(Dtype::float32, count, draw);
+  Numbers p(Dtype::float32, count, draw);
   Numbers first(Dtype::float32, has_first ? count : 0, draw), second(Dtype::float32, has_second ? count : 0, draw);
   p.draw(draw, -1, 1);
-  g.draw(draw, -4, 4);
   first.draw(draw, -2, 2);
   second.draw(draw, 0, 3);
   // At the end, where the last, ragged vector is.
   if (count && planted != 0) (has_second ? second : has_first ? first : p).set(count - 1, planted);
-  Real squares = 2, largest = 0.25L;
+  Real largest = 0.25L;
   bool negative = false;
   for (int64_t i = 0; i < count; ++i) {
-    squares += g.get(i) * g.get(i);
     for (const Real x : {p.get(i), has_first ? first.get(i) : 0, has_second ? second.get(i) : 0})
       largest = std::isnan(largest) || std::fabs(x) <= largest ? largest : std::fabs(x);
     negative = negative || (has_second && std::signbit(second.get(i)));
   }
-  double our_squares = 2;
   float our_largest = 0.25f;
   bool our_negative = false;
   const auto data = [](Numbers& numbers) { return static_cast<float*>(numbers.data()); };
-  mlpkit::cpu::inspect({data(p), data(g), has_first ? data(first) : nullptr, has_second ? data(second) : nullptr, count,
-                        &our_squares, &our_largest, &our_negative});
-  report.near("squares", count, our_squares, squares, static_cast<Real>(count + 1) * 0x1p-53L * squares);
+  mlpkit::cpu::inspect({data(p), has_first ? data(first) : nullptr, has_second ? data(second) : nullptr, count,
+                        &our_largest, &our_negative});
   report.that("largest", count, std::isnan(largest) ? std::isnan(our_largest) : our_largest == largest);
   report.that("negative", count, our_negative == negative);
 }

@@ -1,0 +1,95 @@
+// The loss of a panel of outputs and its slopes by them, rows in lanes (cpu). Included by the mlp_step kernels only.
+#pragma once
+#include "cpu/mlp_step.h"
+#include "cpu/simd.h"
+
+MLPKIT_BEGIN_ISA
+
+MLPKIT_HD double sum_of_lanes(FloatVec v) {
+  double sum = 0.0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// z and slopes: [classes, 32]. Exponentials wait in `slopes` for their sum.
+MLPKIT_HD double cross_entropy_of_lanes(const StepLoss& loss, int64_t panel, int64_t classes, const float* z,
+                                        float* slopes) {
+  FloatVec top = load_bits<FloatVec>(z), sum{}, of_class{}, by_weight{};
+  const IntVec wanted = load_bits<IntVec>(loss.classes + panel);
+  const FloatVec weight = load_bits<FloatVec>(loss.weights + panel);
+  for (int64_t c = 1; c < classes; ++c) {
+    const FloatVec at = load_bits<FloatVec>(z + c * kPanel);
+    top = at > top ? at : top;
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    const FloatVec at = load_bits<FloatVec>(z + c * kPanel), e = math::exp(at - top);
+    store(slopes + c * kPanel, e);
+    sum += e;
+    of_class = wanted == static_cast<int32_t>(c) ? at : of_class;
+    if (loss.by_class)
+      by_weight += loss.by_class[c] * at;
+    else
+      by_weight += at;
+  }
+  const FloatVec counts = wanted >= 0 ? FloatVec{} + 1.f : FloatVec{};
+  for (int64_t c = 0; c < classes; ++c) {
+    const FloatVec share = load_bits<FloatVec>(slopes + c * kPanel) / sum;
+    const FloatVec is_class = wanted == static_cast<int32_t>(c) ? FloatVec{} + 1.f : FloatVec{};
+    const FloatVec v = FloatVec{} + (loss.by_class ? loss.by_class[c] : 1.f);
+    store(slopes + c * kPanel, counts * loss.scale * loss.smoothing.slope(share, is_class, weight, v));
+  }
+  const FloatVec surprise = math::log(sum) + top;
+  const FloatVec spread = loss.smoothing.spread * (loss.smoothing.total * surprise - by_weight);
+  const FloatVec value = weight * loss.smoothing.certain * (surprise - of_class) + spread;
+  return sum_of_lanes(wanted >= 0 ? value : FloatVec{});
+}
+
+// z, target and slopes: [outputs, 32]; count: how many of the lanes are rows.
+template <class Term>
+MLPKIT_HD double loss_of_lanes(const StepLoss& loss, int64_t count, int64_t outputs, const float* z,
+                               const float* target, float* slopes) {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  double sum = 0.0;
+  for (int64_t c = 0; c < outputs; ++c) {
+    const LossTerm<FloatVec> term =
+        Term::at(load_bits<FloatVec>(z + c * kPanel), load_bits<FloatVec>(target + c * kPanel), loss.delta);
+    const IntVec inside = lane < static_cast<int32_t>(count);
+    store(slopes + c * kPanel, inside ? term.slope * loss.scale : FloatVec{});
+    sum += sum_of_lanes(inside ? term.value : FloatVec{});
+  }
+  return sum;
+}
+
+// The panel's share of the loss; slopes become those by its outputs z. target: a panel, of losses that have one.
+inline double loss_of_panel(const StepPanel& step, int64_t outputs, const float* z, const float* target,
+                            float* slopes) {
+  const StepLoss& loss = step.loss;
+  double sum = 0.0;
+  for (int64_t row = 0; row < kPanel; row += kLanes) {
+    const int64_t count = step.rows - step.panel * kPanel - row;
+    switch (loss.kind) {
+      case Loss::cross_entropy:
+        sum += cross_entropy_of_lanes(loss, step.panel * kPanel + row, outputs, z + row, slopes + row);
+        break;
+      case Loss::bce:
+        sum += loss_of_lanes<Bce>(loss, count, outputs, z + row, target + row, slopes + row);
+        break;
+      case Loss::mse:
+        sum += loss_of_lanes<Mse>(loss, count, outputs, z + row, target + row, slopes + row);
+        break;
+      case Loss::l1:
+        sum += loss_of_lanes<L1>(loss, count, outputs, z + row, target + row, slopes + row);
+        break;
+      case Loss::huber:
+        sum += loss_of_lanes<Huber>(loss, count, outputs, z + row, target + row, slopes + row);
+        break;
+      case Loss::log_mse:
+        sum += loss_of_lanes<LogMse>(loss, count, outputs, z + row, target + row, slopes + row);
+        break;
+    }
+  }
+  return sum;
+}
+
+MLPKIT_END_ISA

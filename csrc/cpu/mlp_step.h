@@ -1,0 +1,103 @@
+// A training step of an MLP in two kinds of work, each independent of its neighbours (cpu): all layers forward, the
+// loss and all layers backward for 32 rows of a batch; then the gradients of 32 columns of a layer's weight. Rows lie
+// in the lanes of a vector, so neither narrow layers nor ten classes waste any.
+//
+// What is multiplied lies in 32-bit lanes: one float32, or two bfloat16 that are neighbours along the sum. lanes(n) is
+// the number of lanes that n numbers take. bfloat16 in one lane each is a float32 that was rounded.
+#pragma once
+#include <cstddef>
+
+#include "core/activation.h"
+#include "core/dropout_mask.h"
+#include "core/dtype.h"
+#include "core/loss.h"
+#include "cpu/capability.h"
+
+namespace mlpkit {
+
+constexpr int64_t kPanel = 32;
+constexpr int64_t kMostLayers = 64;
+inline int64_t panels_of(int64_t extent) { return (extent + kPanel - 1) / kPanel; }
+
+struct StepLayer {
+  int64_t in, out;
+  Activation activation;
+  float negative_slope;
+  Dropout dropout;
+  const float* weight;    // [out, in]
+  const float* forward;   // [out, lanes(in)]: the weight, as the forward pass multiplies with it
+  const float* backward;  // [lanes(out), in]: the same for the backward pass
+  const float* bias;      // [out] or nullptr
+  const float* slope;     // [out] or [1]: prelu's, otherwise nullptr
+  bool slope_by_column;
+  float* dweight;  // [out, in]
+  float* dbias;    // [out] or nullptr
+  float* inputs;   // [panels of rows, panels of in, lanes(32 rows), 32 columns]: what came in; zeros where either ends
+  float* dz;       // [panels of rows, out, lanes(32 rows)]; zeros where the rows end
+  float* dslope;   // [panels of rows, out]: the panel's sums, or nullptr
+};
+
+struct StepLoss {
+  Loss kind;
+  float scale;             // of the slopes: 1 / rows, say
+  float delta;             // huber's
+  CrossEntropy smoothing;  // cross_entropy's, as are the next three
+  const int32_t* classes;  // [panels of rows, 32]
+  const float* weights;    // [panels of rows, 32]: of each row, 0 where it does not count
+  const float* by_class;   // [classes] or nullptr, where all weigh 1
+  const float* target;     // [rows, out]: of the other losses
+};
+
+struct StepWeights {  // fills what `forward` and `backward` of a layer point to, where that is not the weight itself
+  Dtype dtype;
+  int64_t in, out;
+  const float* weight;
+  float *forward, *backward;  // one and the same where a lane holds one number
+};
+
+struct StepPanel {
+  Dtype dtype;  // float32 or bfloat16
+  const StepLayer* layers;
+  int64_t count, rows, panel;  // at most kMostLayers
+  const float* x;              // [rows, in]
+  StepLoss loss;
+  float* scratch;  // step_scratch floats, 64-byte aligned
+  double* value;   // the panel's share of the loss, before scale
+};
+
+struct StepGradient {
+  const StepLayer* layer;
+  int64_t rows, panel;  // of the layer's columns; the first one has the bias gradient with it
+  double* squares;      // the sum of squares of what is written
+};
+
+// What a layer keeps for its backward pass: its outputs where they tell the slopes, otherwise the slopes too, and what
+// prelu's parameter is multiplied by.
+inline int64_t step_kept(const StepLayer& layer) {
+  const bool linear = layer.activation == Activation::identity && layer.dropout.threshold == 0;
+  if (linear || layer.activation == Activation::relu) return 1;
+  return layer.activation == Activation::prelu ? 3 : 2;
+}
+// Floats that step_panel works in: inputs, targets and what is kept; one bfloat16 layer as it is multiplied, forward
+// and backward, and its gradients before they are rounded; the mask of one layer.
+inline int64_t step_scratch(const StepLayer* layers, int64_t count) {
+  int64_t columns = layers[0].in + layers[count - 1].out, widest = layers[0].in;
+  for (int64_t i = 0; i < count; ++i) {
+    columns += step_kept(layers[i]) * layers[i].out;
+    widest = widest > layers[i].out ? widest : layers[i].out;
+  }
+  return (columns + 3 * widest) * kPanel + (widest + kMaskTile) / kMaskTile * kMaskTile;
+}
+
+}  // namespace mlpkit
+
+MLPKIT_CPU_KERNEL(step_weights, StepWeights)
+MLPKIT_CPU_KERNEL(step_panel, StepPanel)
+MLPKIT_CPU_KERNEL(step_gradient, StepGradient)
+
+namespace mlpkit::isa_avx512_bf16 {
+// The same for bfloat16 in pairs; for Capability::avx512_bf16 alone.
+void step_weights_of_pairs(const StepWeights&);
+void step_panel_of_pairs(const StepPanel&);
+void step_gradient_of_pairs(const StepGradient&);
+}  // namespace mlpkit::isa_avx512_bf16

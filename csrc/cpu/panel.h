@@ -1,0 +1,134 @@
+// Matrix products and copies with 32 rows of a batch in the lanes of one or more vectors (cpu). A panel is [columns, 32
+// rows]; a block of it is [32 rows, 32 columns]. Included by the mlp_step kernels only.
+#pragma once
+#include "cpu/gemm_block.h"
+#include "cpu/mlp_step.h"
+#include "cpu/simd.h"
+
+MLPKIT_BEGIN_ISA
+
+static_assert(kPanel % kBlockCols == 0 && kPanel % kLanes == 0);
+
+struct Strided {  // a matrix that is read by broadcasts
+  const float* data;
+  int64_t row_stride, depth_stride;
+};
+
+// What is multiplied: one number in a lane. A format of pairs is in mlp_step_avx512_bf16.cpp.
+struct OneInALane {
+  static constexpr int64_t per_lane = 1;
+  MLPKIT_HD static FloatVec multiply_add(FloatVec a, FloatVec b, FloatVec sum) { return sum + a * b; }
+  MLPKIT_HD static FloatVec sum_of(FloatVec lanes) { return lanes; }  // of the numbers of each lane
+};
+
+template <class Lane>
+MLPKIT_HD int64_t lanes_of(int64_t numbers) {
+  return (numbers + Lane::per_lane - 1) / Lane::per_lane;
+}
+
+// sums[i] += sum over k of a(i, k) times the vectors at b + 32 k
+template <class Lane, int rows>
+MLPKIT_HD void multiply_add(const Strided& a, const float* b, int64_t depth, FloatVec (&sums)[rows][kBlockVecs]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    FloatVec v[kBlockVecs];
+    for (int j = 0; j < kBlockVecs; ++j) load(b + k * kPanel + j * kLanes, v[j]);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const FloatVec broadcast = repeat(a.data + i * a.row_stride + k * a.depth_stride);
+      for (int j = 0; j < kBlockVecs; ++j) sums[i][j] = Lane::multiply_add(broadcast, v[j], sums[i][j]);
+    }
+  }
+}
+
+// How many lanes one fp32 sum may run through. Where there are few lines the sums are short: the library's
+// matrix-vector product, which those are held against, sums in many chains.
+MLPKIT_HD int64_t longest_sum(int64_t lines) { return lines < kFewLines ? kShortSum : kGemmDepth; }
+
+// c = a b for a few rows of a; b is a panel [depth, 32], c one [rows, 32].
+template <class Lane, int rows>
+void product_of_rows(const Strided& a, const float* b, int64_t depth, int64_t longest, float* c) {
+  for (int64_t col = 0; col < kPanel; col += kBlockCols)
+    for (int64_t k = 0; k < depth; k += longest) {
+      FloatVec sums[rows][kBlockVecs] = {};
+      multiply_add<Lane, rows>({a.data + k * a.depth_stride, a.row_stride, a.depth_stride}, b + k * kPanel + col,
+                               smaller(longest, depth - k), sums);
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < kBlockVecs; ++j) {
+          float* to = c + i * kPanel + col + j * kLanes;
+          FloatVec before{};
+          if (k > 0) load(to, before);
+          store(to, before + sums[i][j]);
+        }
+    }
+}
+
+// Calls body(Count<n>{}) for the run-time n, 1 <= n <= limit.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+template <int limit = kBlockRows, class Body>
+MLPKIT_HD void with_count(int64_t n, Body&& body) {
+  if constexpr (limit > 1) {
+    if (n < limit) return with_count<limit - 1>(n, body);
+  }
+  body(Count<limit>{});
+}
+
+// Calls body(first, rows) for groups of at most kBlockRows rows, as equal as they can be: a short last group would pay
+// for its loads.
+template <class Body>
+MLPKIT_HD void each_group(int64_t rows, Body&& body) {
+  const int64_t groups = (rows + kBlockRows - 1) / kBlockRows;
+  for (int64_t i = 0; i < groups; ++i) body(rows * i / groups, rows * (i + 1) / groups - rows * i / groups);
+}
+
+// c = a b, group by group; then(first, rows) finishes a group while it is in L1.
+template <class Lane, class Then>
+MLPKIT_HD void panel_product(const Strided& a, const float* b, int64_t depth, int64_t rows, float* c, Then&& then) {
+  each_group(rows, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+    const Strided from{a.data + first * a.row_stride, a.row_stride, a.depth_stride};
+    with_count(count, [&]<class N>(N) __attribute__((always_inline)) {
+      product_of_rows<Lane, N::value>(from, b, depth, longest_sum(rows), c + first * kPanel);
+    });
+    then(first, count);
+  });
+}
+
+// The panel [cols, 32] of up to 32 rows of x; zeros where the rows end.
+inline void panel_of_rows(const float* x, int64_t stride, int64_t rows, int64_t cols, float* panel) {
+  for (int64_t col = 0; col < cols; col += kLanes)
+    for (int64_t row = 0; row < kPanel; row += kLanes) {
+      FloatVec v[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        v[i] = row + i < rows ? load_part<FloatVec>(x + (row + i) * stride + col, cols - col) : FloatVec{};
+      transpose(v);
+      for (int i = 0; i < smaller(kLanes, cols - col); ++i) store(panel + (col + i) * kPanel + row, v[i]);
+    }
+}
+
+// The blocks of a panel [cols, 32]; zeros where the columns end.
+inline void blocks_of_panel(const float* panel, int64_t cols, float* blocks) {
+  for (int64_t col = 0; col < panels_of(cols) * kPanel; col += kLanes)
+    for (int64_t row = 0; row < kPanel; row += kLanes) {
+      FloatVec v[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        v[i] = col + i < cols ? load_bits<FloatVec>(panel + (col + i) * kPanel + row) : FloatVec{};
+      transpose(v);
+      float* block = blocks + col / kPanel * kPanel * kPanel + col % kPanel;
+      for (int i = 0; i < kLanes; ++i) store(block + (row + i) * kPanel, v[i]);
+    }
+}
+
+// The blocks of up to 32 rows of x.
+inline void blocks_of_rows(const float* x, int64_t stride, int64_t rows, int64_t cols, float* blocks) {
+  for (int64_t row = 0; row < kPanel; ++row)
+    for (int64_t col = 0; col < panels_of(cols) * kPanel; col += kLanes) {
+      const bool inside = row < rows && col < cols;
+      store(blocks + col / kPanel * kPanel * kPanel + row * kPanel + col % kPanel,
+            inside ? load_part<FloatVec>(x + row * stride + col, cols - col) : FloatVec{});
+    }
+}
+
+MLPKIT_END_ISA
