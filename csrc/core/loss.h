@@ -8,6 +8,10 @@ namespace mlpkit {
 
 enum class Loss : int { cross_entropy, bce, mse, l1, huber, log_mse };
 
+struct Smoothing {  // of cross_entropy, with e the label smoothing: 1 - e, e / classes, the sum of class weights
+  float certain, spread, total;
+};
+
 }  // namespace mlpkit
 
 MLPKIT_BEGIN_ISA
@@ -65,13 +69,9 @@ struct LogMse {
 // With w the weight of a row's class t, e the label smoothing, C classes of weights v and W their sum:
 //   w (1 - e) (S - z_t) + e / C sum_j v_j (S - z_j),  S = log sum_j exp z_j
 // slope by z_j: w (1 - e) (softmax_j - [j = t]) + e / C (W softmax_j - v_j).
-struct CrossEntropy {
-  float certain, spread, total;  // 1 - e, e / C, W
-
-  template <class F>
-  MLPKIT_HD F slope(F softmax, F is_class, F weight, F v) const {
-    return weight * certain * (softmax - is_class) + spread * (total * softmax - v);
-  }
-};
+template <class F>
+MLPKIT_HD F cross_entropy_slope(const Smoothing& s, F softmax, F is_class, F weight, F v) {
+  return weight * s.certain * (softmax - is_class) + s.spread * (s.total * softmax - v);
+}
 
 MLPKIT_END_ISA

@@ -31,12 +31,12 @@ MLPKIT_HD double cross_entropy_of_lanes(const StepLoss& loss, int64_t panel, int
     else
       by_weight += at;
   }
-  const FloatVec counts = wanted >= 0 ? FloatVec{} + 1.f : FloatVec{};
   for (int64_t c = 0; c < classes; ++c) {
     const FloatVec share = load_bits<FloatVec>(slopes + c * kPanel) / sum;
     const FloatVec is_class = wanted == static_cast<int32_t>(c) ? FloatVec{} + 1.f : FloatVec{};
     const FloatVec v = FloatVec{} + (loss.by_class ? loss.by_class[c] : 1.f);
-    store(slopes + c * kPanel, counts * loss.scale * loss.smoothing.slope(share, is_class, weight, v));
+    const FloatVec slope = loss.scale * cross_entropy_slope(loss.smoothing, share, is_class, weight, v);
+    store(slopes + c * kPanel, wanted >= 0 ? slope : FloatVec{});
   }
   const FloatVec surprise = math::log(sum) + top;
   const FloatVec spread = loss.smoothing.spread * (loss.smoothing.total * surprise - by_weight);

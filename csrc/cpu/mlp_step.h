@@ -32,7 +32,7 @@ struct StepLayer {
   bool slope_by_column;
   float* dweight;  // [out, in]
   float* dbias;    // [out] or nullptr
-  float* inputs;   // [panels of rows, panels of in, lanes(32 rows), 32 columns]: what came in; zeros where either ends
+  float* inputs;   // [panels of rows, panels of in, lanes(32 rows), 32 columns]: what came in; zeros where columns end
   float* dz;       // [panels of rows, out, lanes(32 rows)]; zeros where the rows end
   float* dslope;   // [panels of rows, out]: the panel's sums, or nullptr
 };
@@ -41,7 +41,7 @@ struct StepLoss {
   Loss kind;
   float scale;             // of the slopes: 1 / rows, say
   float delta;             // huber's
-  CrossEntropy smoothing;  // cross_entropy's, as are the next three
+  Smoothing smoothing;     // cross_entropy's, as are the next three
   const int32_t* classes;  // [panels of rows, 32]
   const float* weights;    // [panels of rows, 32]: of each row, 0 where it does not count
   const float* by_class;   // [classes] or nullptr, where all weigh 1
@@ -86,7 +86,7 @@ inline int64_t step_scratch(const StepLayer* layers, int64_t count) {
     columns += step_kept(layers[i]) * layers[i].out;
     widest = widest > layers[i].out ? widest : layers[i].out;
   }
-  return (columns + 3 * widest) * kPanel + (widest + kMaskTile) / kMaskTile * kMaskTile;
+  return (columns + 3 * widest) * kPanel + (widest + kMaskTile - 1) / kMaskTile * kMaskTile;
 }
 
 }  // namespace mlpkit

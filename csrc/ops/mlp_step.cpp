@@ -394,7 +394,7 @@ MlpStep::MlpStep(std::vector<MlpStepLayer> layers, bool bfloat16, const std::str
                     " layers came; it must be 1 to ", kMostLayers);
   work_->tensors = std::move(layers);
   work_->dtype = bfloat16 ? Dtype::bfloat16 : Dtype::float32;
-  work_->activation = activation_from_name(activation);
+  work_->activation = activation_from_name(activation, "mlp_step");
   work_->negative_slope = static_cast<float>(negative_slope);
   work_->loss = std::move(loss);
   work_->optimizer = optimizer_of(optimizer);

@@ -1,0 +1,181 @@
+// An MLP, a batch and a loss for step_panel, each array in memory of exactly its size (tests).
+#pragma once
+#include <cstdlib>
+#include <deque>
+
+#include "cpu/mlp_step.h"
+#include "step_loss.h"
+
+namespace native {
+
+using mlpkit::Activation;
+using mlpkit::kPanel;
+using mlpkit::panels_of;
+
+// Where the kernels keep what comes into a layer, and dz.
+inline int64_t input_index(int64_t in, int64_t row, int64_t col) {
+  const int64_t block = row / kPanel * panels_of(in) + col / kPanel;
+  return (block * kPanel + row % kPanel) * kPanel + col % kPanel;
+}
+inline int64_t dz_index(int64_t out, int64_t row, int64_t col) {
+  return (row / kPanel * out + col) * kPanel + row % kPanel;
+}
+
+// No term of a sum of `depth` products takes part in more roundings than this: blocks of up to 256 are summed in one
+// chain, and shorter ones of 32 where there are few lines.
+inline Real product_roundings(int64_t depth) {
+  return static_cast<Real>(std::min<int64_t>(depth, 256) + depth / 32 + 1);
+}
+
+struct NetCase {
+  std::vector<int64_t> widths;  // what comes in, then what each layer puts out
+  Activation activation;        // of all layers but the last
+  double p;
+  int64_t rows;
+  Loss loss;
+  float label_smoothing;
+  bool class_weights;
+};
+
+struct NetLayer {
+  int64_t in, out, rows;
+  Activation activation;
+  bool by_column;
+  mlpkit::Dropout dropout;
+  Numbers weight, bias, slope, inputs, dz, dslope;
+
+  NetLayer(const NetCase& net, size_t index, Draw& draw)
+      : in(net.widths[index]),
+        out(net.widths[index + 1]),
+        rows(net.rows),
+        activation(index + 2 < net.widths.size() ? net.activation : Activation::identity),
+        by_column(draw.coin()),
+        weight(Dtype::float32, in * out, draw),
+        bias(Dtype::float32, needs_bias(net, index) || draw.coin() ? out : 0, draw),
+        slope(Dtype::float32, is_prelu() ? by_column ? out : 1 : 0, draw),
+        inputs(Dtype::float32, panels_of(rows) * panels_of(in) * kPanel * kPanel, draw),
+        dz(Dtype::float32, panels_of(rows) * out * kPanel, draw),
+        dslope(Dtype::float32, is_prelu() ? panels_of(rows) * out : 0, draw) {
+    // A logarithm is taken of outputs that are positive whatever comes in.
+    const Real limit = (needs_bias(net, index) ? 0.2L : 1.7L) / std::sqrt(static_cast<Real>(in));
+    weight.draw(draw, -limit, limit);
+    bias.draw(draw, needs_bias(net, index) ? 2 : -1, needs_bias(net, index) ? 4 : 1);
+    slope.draw(draw, -0.5, 0.5);
+    dropout.seed = draw.bits();
+    dropout.offset = static_cast<uint32_t>(draw.bits());
+    dropout.stream = static_cast<uint32_t>(index);
+    dropout.threshold = index + 2 < net.widths.size() ? mlpkit::dropout_threshold(net.p) : 0;
+    dropout.scale = mlpkit::dropout_scale(dropout.threshold);
+  }
+
+  bool is_prelu() const { return activation == Activation::prelu; }
+  static bool needs_bias(const NetCase& net, size_t index) {
+    return net.loss == Loss::log_mse && index + 2 == net.widths.size();
+  }
+  static float* data(Numbers& numbers) { return numbers.count() ? static_cast<float*>(numbers.data()) : nullptr; }
+
+  // Gradients of the parameters are the other kernel's: a null pointer that is never followed.
+  mlpkit::StepLayer args() {
+    mlpkit::StepLayer args{};
+    args.in = in;
+    args.out = out;
+    args.activation = activation;
+    args.negative_slope = 0.125f;
+    args.dropout = dropout;
+    args.weight = args.forward = args.backward = data(weight);
+    args.bias = data(bias);
+    args.slope = data(slope);
+    args.slope_by_column = by_column;
+    args.inputs = data(inputs);
+    args.dz = data(dz);
+    args.dslope = data(dslope);
+    return args;
+  }
+
+  Real slope_of(int64_t col) const { return slope.count() ? slope.get(by_column ? col : 0) : 0.125L; }
+  // What a kept output is multiplied by, or 0.
+  Real mask(int64_t row, int64_t col) const {
+    const int64_t tile = row / mlpkit::kMaskTile * ((out + 15) / 16) + col / mlpkit::kMaskTile;
+    const int r = static_cast<int>(row % mlpkit::kMaskTile), c = static_cast<int>(col % mlpkit::kMaskTile);
+    const auto words = mlpkit::mask_words(dropout, static_cast<uint64_t>(tile), mlpkit::mask_lane(r, c));
+    return mlpkit::mask_bits(words, r, c) >= dropout.threshold ? static_cast<float>(dropout.scale) : 0;
+  }
+};
+
+// The batch, the targets and the loss.
+struct NetLoss {
+  const NetCase& net;
+  Numbers x, target, by_class, weights;
+  Memory classes;
+  mlpkit::Smoothing smoothing{};
+  float scale = 0.0625f * 1.1f, delta = 0.7f;
+
+  NetLoss(const NetCase& net, Draw& draw)
+      : net(net),
+        x(Dtype::float32, net.rows * net.widths.front(), draw),
+        target(Dtype::float32, entropy() ? 0 : net.rows * outputs(), draw),
+        by_class(Dtype::float32, net.class_weights ? outputs() : 0, draw),
+        weights(Dtype::float32, entropy() ? padded() : 0, draw),
+        classes(entropy() ? 4 * padded() : 0, 4, draw) {
+    x.draw(draw, -2, 2);
+    target.draw(draw, net.loss == Loss::log_mse ? 0.5L : net.loss == Loss::bce ? 0 : -2, net.loss == Loss::bce ? 1 : 2);
+    by_class.draw(draw, 0.5, 1.5);
+    if (entropy()) fill_classes(draw);
+  }
+
+  bool entropy() const { return net.loss == Loss::cross_entropy; }
+  int64_t outputs() const { return net.widths.back(); }
+  int64_t padded() const { return panels_of(net.rows) * kPanel; }
+  int64_t wanted(int64_t row) const { return load_as<int32_t>(classes.data(), row); }
+  Real weight_of_class(int64_t c) const { return by_class.count() ? by_class.get(c) : 1; }
+
+  void fill_classes(Draw& draw) {
+    for (int64_t row = 0; row < padded(); ++row) {
+      const bool counts = row < net.rows && draw.below(5) != 0;
+      const int32_t wanted = counts ? static_cast<int32_t>(draw.below(outputs())) : -1;
+      std::memcpy(classes.data() + 4 * row, &wanted, 4);
+      weights.set(row, counts ? weight_of_class(wanted) : 0);
+    }
+    Real total = 0;
+    for (int64_t c = 0; c < outputs(); ++c) total += weight_of_class(c);
+    smoothing.certain = 1 - net.label_smoothing;
+    smoothing.spread = net.label_smoothing / static_cast<float>(outputs());
+    smoothing.total = static_cast<float>(total);
+  }
+
+  mlpkit::StepLoss args() {
+    mlpkit::StepLoss args{};
+    args.kind = net.loss;
+    args.scale = scale;
+    args.delta = delta;
+    args.smoothing.certain = smoothing.certain;
+    args.smoothing.spread = smoothing.spread;
+    args.smoothing.total = smoothing.total;
+    args.classes = entropy() ? reinterpret_cast<const int32_t*>(classes.data()) : nullptr;
+    args.weights = NetLayer::data(weights);
+    args.by_class = NetLayer::data(by_class);
+    args.target = NetLayer::data(target);
+    return args;
+  }
+};
+
+// All NaN before each panel, and watched at both ends.
+class StepScratch {
+ public:
+  explicit StepScratch(int64_t floats) : bytes_(static_cast<size_t>(floats) * sizeof(float)) {
+    if (posix_memalign(&memory_, 64, bytes_) != 0) std::abort();
+  }
+  ~StepScratch() { std::free(memory_); }
+  StepScratch(const StepScratch&) = delete;
+  StepScratch& operator=(const StepScratch&) = delete;
+  float* poisoned() {
+    std::memset(memory_, 0xff, bytes_);
+    return static_cast<float*>(memory_);
+  }
+
+ private:
+  size_t bytes_;
+  void* memory_ = nullptr;
+};
+
+}  // namespace native
