@@ -42,7 +42,7 @@ MLPKIT_HD void multiply_add(const Strided& a, const float* b, int64_t depth, Flo
 
 // How many lanes one fp32 sum may run through. Where there are few lines the sums are short: the library's
 // matrix-vector product, which those are held against, sums in many chains.
-MLPKIT_HD int64_t longest_sum(int64_t lines) { return lines < kFewLines ? kShortSum : kGemmDepth; }
+MLPKIT_HD int64_t longest_sum(int64_t lines) { return lines < kGemmFewLines ? kShortSum : kGemmDepth; }
 
 // c = a b for a few rows of a; b is a panel [depth, 32], c one [rows, 32].
 template <class Lane, int rows>
