@@ -14,6 +14,6 @@ def cases(settings: Settings, peaks: Peaks) -> list[Case]:
         if dtype == "fp16":  # fp16 autocast of small products is nothing to train with on a CPU
             continue
         for rows in (8,) if settings.quick else (32, 256):
-            for width in (8,) if settings.quick else (16, 64, 256):
+            for width in (8,) if settings.quick else (16, 64, 128, 256):
                 found.append(Network(rows, width, dtype).case("step", settings))
     return found
