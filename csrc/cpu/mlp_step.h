@@ -78,10 +78,10 @@ inline int64_t step_kept(const StepLayer& layer) {
   if (linear || layer.activation == Activation::relu) return 1;
   return layer.activation == Activation::prelu ? 3 : 2;
 }
-// Floats that step_panel works in: inputs, targets and what is kept; one bfloat16 layer as it is multiplied, forward
-// and backward, and its gradients before they are rounded; the mask of one layer.
+// Floats that step_panel works in: targets and what is kept; one layer as it is multiplied, forward and backward, and
+// its gradients before they are rounded; the mask of one layer.
 inline int64_t step_scratch(const StepLayer* layers, int64_t count) {
-  int64_t columns = layers[0].in + layers[count - 1].out, widest = layers[0].in;
+  int64_t columns = layers[count - 1].out, widest = layers[0].in;
   for (int64_t i = 0; i < count; ++i) {
     columns += step_kept(layers[i]) * layers[i].out;
     widest = widest > layers[i].out ? widest : layers[i].out;

@@ -49,8 +49,10 @@ class Memory {
 // Exactly `count` numbers of one type; NaN until set or written.
 class Numbers {
  public:
-  Numbers(Dtype dtype, int64_t count, Draw& draw)
-      : dtype_(dtype), count_(count), memory_(count * size_of(dtype), size_of(dtype), draw) {}
+  Numbers(Dtype dtype, int64_t count, Draw& draw) : Numbers(dtype, count, size_of(dtype), draw) {}
+  // Of numbers that kernels take several at a time, `element` is the bytes of what they take.
+  Numbers(Dtype dtype, int64_t count, int64_t element, Draw& draw)
+      : dtype_(dtype), count_(count), memory_(count * size_of(dtype), element, draw) {}
   void* data() { return memory_.data(); }
   int64_t count() const { return count_; }
   Real get(int64_t index) const { return native::get(dtype_, memory_.data(), index); }

@@ -1,18 +1,13 @@
 // The losses and their slopes in long double, apart from core/loss.h, with bounds of what fp32 makes of them (tests).
 #pragma once
 #include "core/loss.h"
-#include "harness.h"
+#include "step_format.h"
 
 namespace native {
 
 using mlpkit::Loss;
 
 constexpr int kRoundings = 8;  // at most so many in a chain take part in one element
-constexpr Real kUnit = 0x1p-24L;
-
-struct Bounded {  // a number and how far fp32 may be from it
-  Real value, error;
-};
 
 struct LossAt {
   Bounded value, slope;

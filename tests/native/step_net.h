@@ -9,25 +9,9 @@
 namespace native {
 
 using mlpkit::Activation;
-using mlpkit::kPanel;
-using mlpkit::panels_of;
-
-// Where the kernels keep what comes into a layer, and dz.
-inline int64_t input_index(int64_t in, int64_t row, int64_t col) {
-  const int64_t block = row / kPanel * panels_of(in) + col / kPanel;
-  return (block * kPanel + row % kPanel) * kPanel + col % kPanel;
-}
-inline int64_t dz_index(int64_t out, int64_t row, int64_t col) {
-  return (row / kPanel * out + col) * kPanel + row % kPanel;
-}
-
-// No term of a sum of `depth` products takes part in more roundings than this: blocks of up to 256 are summed in one
-// chain, and shorter ones of 32 where there are few lines.
-inline Real product_roundings(int64_t depth) {
-  return static_cast<Real>(std::min<int64_t>(depth, 256) + depth / 32 + 1);
-}
 
 struct NetCase {
+  Format format;
   std::vector<int64_t> widths;  // what comes in, then what each layer puts out
   Activation activation;        // of all layers but the last
   double p;
@@ -38,27 +22,30 @@ struct NetCase {
 };
 
 struct NetLayer {
+  Format format;
   int64_t in, out, rows;
   Activation activation;
   bool by_column;
   mlpkit::Dropout dropout;
-  Numbers weight, bias, slope, inputs, dz, dslope;
+  Numbers forward, backward, bias, slope, inputs, dz, dslope;
 
   NetLayer(const NetCase& net, size_t index, Draw& draw)
-      : in(net.widths[index]),
+      : format(net.format),
+        in(net.widths[index]),
         out(net.widths[index + 1]),
         rows(net.rows),
         activation(index + 2 < net.widths.size() ? net.activation : Activation::identity),
         by_column(draw.coin()),
-        weight(Dtype::float32, in * out, draw),
+        forward(format.memory(out * format.lanes(in), draw)),
+        backward(format.memory(format.in_pairs() ? format.lanes(out) * in : 0, draw)),
         bias(Dtype::float32, needs_bias(net, index) || draw.coin() ? out : 0, draw),
         slope(Dtype::float32, is_prelu() ? by_column ? out : 1 : 0, draw),
-        inputs(Dtype::float32, panels_of(rows) * panels_of(in) * kPanel * kPanel, draw),
-        dz(Dtype::float32, panels_of(rows) * out * kPanel, draw),
+        inputs(format.memory(panels_of(rows) * panels_of(in) * format.lanes(kPanel) * kPanel, draw)),
+        dz(format.memory(panels_of(rows) * out * format.lanes(kPanel), draw)),
         dslope(Dtype::float32, is_prelu() ? panels_of(rows) * out : 0, draw) {
     // A logarithm is taken of outputs that are positive whatever comes in.
     const Real limit = (needs_bias(net, index) ? 0.2L : 1.7L) / std::sqrt(static_cast<Real>(in));
-    weight.draw(draw, -limit, limit);
+    draw_weight(draw, limit);
     bias.draw(draw, needs_bias(net, index) ? 2 : -1, needs_bias(net, index) ? 4 : 1);
     slope.draw(draw, -0.5, 0.5);
     dropout.seed = draw.bits();
@@ -68,13 +55,26 @@ struct NetLayer {
     dropout.scale = mlpkit::dropout_scale(dropout.threshold);
   }
 
+  // A second number that a lane lacks is zero, whatever it is multiplied by.
+  void draw_weight(Draw& draw, Real limit) {
+    for (int64_t i = 0; i < forward.count(); ++i) forward.set(i, 0);
+    for (int64_t i = 0; i < backward.count(); ++i) backward.set(i, 0);
+    for (int64_t row = 0; row < out; ++row)
+      for (int64_t col = 0; col < in; ++col) {
+        const Real weight = rounded(draw.uniform(-limit, limit), format.dtype);
+        forward.set(format.forward_index(in, row, col), weight);
+        if (backward.count()) backward.set(format.backward_index(in, row, col), weight);
+      }
+  }
+
   bool is_prelu() const { return activation == Activation::prelu; }
   static bool needs_bias(const NetCase& net, size_t index) {
     return net.loss == Loss::log_mse && index + 2 == net.widths.size();
   }
   static float* data(Numbers& numbers) { return numbers.count() ? static_cast<float*>(numbers.data()) : nullptr; }
 
-  // Gradients of the parameters are the other kernel's: a null pointer that is never followed.
+  // The weight is read as it is multiplied alone, and gradients of parameters are the other kernel's: null pointers
+  // that are never followed.
   mlpkit::StepLayer args() {
     mlpkit::StepLayer args{};
     args.in = in;
@@ -82,7 +82,8 @@ struct NetLayer {
     args.activation = activation;
     args.negative_slope = 0.125f;
     args.dropout = dropout;
-    args.weight = args.forward = args.backward = data(weight);
+    args.forward = data(forward);
+    args.backward = data(format.in_pairs() ? backward : forward);
     args.bias = data(bias);
     args.slope = data(slope);
     args.slope_by_column = by_column;
@@ -92,6 +93,9 @@ struct NetLayer {
     return args;
   }
 
+  Real weight(int64_t row, int64_t col) const { return forward.get(format.forward_index(in, row, col)); }
+  Real input(int64_t row, int64_t col) const { return inputs.get(format.input_index(in, row, col)); }
+  Real slope_by_z(int64_t row, int64_t col) const { return dz.get(format.dz_index(out, row, col)); }
   Real slope_of(int64_t col) const { return slope.count() ? slope.get(by_column ? col : 0) : 0.125L; }
   // What a kept output is multiplied by, or 0.
   Real mask(int64_t row, int64_t col) const {

@@ -1,0 +1,236 @@
+// A training step panel by panel: what comes into each layer, dz, the sums by prelu's parameter and the loss. Each is
+// judged by what the kernel itself stored before it, so that bounds do not grow with depth (tests).
+#pragma once
+#include "activations.h"
+#include "step_net.h"
+
+namespace native {
+
+class Step {
+  using Table = std::vector<Bounded>;  // [rows, columns]
+
+ public:
+  Step(const NetCase& net, Draw& draw)
+      : net_(net), loss_(net_, draw), values_(Dtype::float64, panels_of(net.rows), draw), backwards_(draw.coin()) {
+    for (size_t i = 0; i + 1 < net.widths.size(); ++i) layers_.emplace_back(net_, i, draw);
+  }
+
+  // In either order: a panel that wrote into its neighbour's memory would spoil what is already there.
+  void run(void (*kernel)(const mlpkit::StepPanel&)) {
+    std::vector<mlpkit::StepLayer> layers;
+    for (NetLayer& layer : layers_) layers.push_back(layer.args());
+    const int64_t count = static_cast<int64_t>(layers.size()), panels = panels_of(net_.rows);
+    StepScratch scratch(mlpkit::step_scratch(layers.data(), count));
+    for (int64_t i = 0; i < panels; ++i) {
+      mlpkit::StepPanel args{};
+      args.dtype = net_.format.dtype;
+      args.layers = layers.data();
+      args.count = count;
+      args.rows = net_.rows;
+      args.panel = backwards_ ? panels - 1 - i : i;
+      args.x = static_cast<const float*>(loss_.x.data());
+      args.loss = loss_.args();
+      args.scratch = scratch.poisoned();
+      args.value = static_cast<double*>(values_.data()) + args.panel;
+      kernel(args);
+    }
+  }
+
+  void compare(Report& report) const {
+    compare_x(report);
+    std::vector<Table> z;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      compare_zeros(layers_[i], i == 0, report);
+      z.push_back(preactivations(layers_[i]));
+      if (i + 1 < layers_.size()) compare_outputs(layers_[i], z[i], layers_[i + 1], report);
+    }
+    if (loss_.entropy())
+      compare_entropy(z.back(), report);
+    else
+      compare_loss(z.back(), report);
+    for (size_t i = 0; i + 1 < layers_.size(); ++i) compare_backward(layers_[i], z[i], layers_[i + 1], report);
+  }
+
+ private:
+  // Of what is rounded as it is stored. Without the rounding it would be within the bound as well.
+  void near(const char* what, int64_t index, Real ours, const Bounded& before, Report& report) const {
+    const Bounded stored = net_.format.stored(before);
+    report.near(what, index, ours, stored.value, stored.error);
+    report.that("rounded", index, ours == rounded(ours, net_.format.dtype));
+  }
+  static const Bounded& at(const Table& table, int64_t cols, int64_t row, int64_t col) {
+    return table[static_cast<size_t>(row * cols + col)];
+  }
+
+  void compare_x(Report& report) const {
+    const NetLayer& first = layers_.front();
+    for (int64_t row = 0; row < net_.rows; ++row)
+      for (int64_t col = 0; col < first.in; ++col)
+        report.near("x", row * first.in + col, first.input(row, col),
+                    rounded(loss_.x.get(row * first.in + col), net_.format.dtype), 0);
+  }
+
+  // The first layer's inputs are zero where rows end, too; in hidden ones an activation has made something of nothing.
+  void compare_zeros(const NetLayer& layer, bool first, Report& report) const {
+    const int64_t padded = panels_of(net_.rows) * kPanel;
+    for (int64_t row = 0; row < (first ? padded : net_.rows); ++row)
+      for (int64_t col = row < net_.rows ? layer.in : 0; col < panels_of(layer.in) * kPanel; ++col)
+        report.near("inputs beyond the edge", row, layer.input(row, col), 0, 0);
+    for (int64_t row = net_.rows; row < padded; ++row)
+      for (int64_t col = 0; col < layer.out; ++col)
+        report.near("dz beyond the edge", row, layer.slope_by_z(row, col), 0, 0);
+  }
+
+  Table preactivations(const NetLayer& layer) const {
+    std::vector<Real> weight, in(static_cast<size_t>(layer.in));
+    for (int64_t n = 0; n < layer.out; ++n)
+      for (int64_t k = 0; k < layer.in; ++k) weight.push_back(layer.weight(n, k));
+    Table z;
+    for (int64_t row = 0; row < net_.rows; ++row) {
+      for (int64_t k = 0; k < layer.in; ++k) in[static_cast<size_t>(k)] = layer.input(row, k);
+      for (int64_t col = 0; col < layer.out; ++col) {
+        Real sum = layer.bias.count() ? layer.bias.get(col) : 0, magnitude = std::fabs(sum);
+        const Real* line = weight.data() + col * layer.in;
+        for (int64_t k = 0; k < layer.in; ++k) {
+          const Real term = line[k] * in[static_cast<size_t>(k)];
+          sum += term;
+          magnitude += std::fabs(term);
+        }
+        z.push_back({sum, net_.format.sum_error(layer.in, magnitude)});
+      }
+    }
+    return z;
+  }
+
+  void compare_outputs(const NetLayer& layer, const Table& table, const NetLayer& next, Report& report) const {
+    for (int64_t row = 0; row < net_.rows; ++row)
+      for (int64_t col = 0; col < layer.out; ++col) {
+        const Bounded z = at(table, layer.out, row, col);
+        const Measured y = value(layer.activation, z.value, layer.slope_of(col));
+        const Real mask = layer.mask(row, col);
+        near("outputs", row * layer.out + col, next.input(row, col),
+             {y.value * mask, mask * (1.13L * z.error + kRoundings * kUnit * y.magnitude)}, report);
+      }
+  }
+
+  void compare_loss(const Table& z, Report& report) const {
+    const NetLayer& last = layers_.back();
+    std::vector<Bounded> sums(static_cast<size_t>(panels_of(net_.rows)), Bounded{0, 0});
+    for (int64_t row = 0; row < net_.rows; ++row)
+      for (int64_t col = 0; col < last.out; ++col) {
+        const LossAt term =
+            loss_at(net_.loss, at(z, last.out, row, col), loss_.target.get(row * last.out + col), loss_.delta);
+        add(sums[static_cast<size_t>(row / kPanel)], term.value);
+        compare_slope(row, col, term.slope, report);
+      }
+    compare_values(sums, report);
+  }
+
+  void compare_entropy(const Table& z, Report& report) const {
+    const NetLayer& last = layers_.back();
+    std::vector<Bounded> sums(static_cast<size_t>(panels_of(net_.rows)), Bounded{0, 0});
+    EntropyOfRow entropy{loss_.smoothing, -1, 0, {}, {}};
+    for (int64_t c = 0; c < last.out; ++c) entropy.by_class.push_back(loss_.weight_of_class(c));
+    for (int64_t row = 0; row < net_.rows; ++row) {
+      entropy.wanted = loss_.wanted(row);
+      entropy.weight = loss_.weights.get(row);
+      entropy.outputs.assign(z.begin() + row * last.out, z.begin() + (row + 1) * last.out);
+      add(sums[static_cast<size_t>(row / kPanel)], entropy.value());
+      for (int64_t c = 0; c < last.out; ++c) compare_slope(row, c, entropy.slope(c), report);
+    }
+    compare_values(sums, report);
+  }
+
+  static void add(Bounded& sum, const Bounded& term) {
+    sum.value += term.value;
+    sum.error += term.error;
+  }
+  void compare_slope(int64_t row, int64_t col, const Bounded& slope, Report& report) const {
+    const NetLayer& last = layers_.back();
+    near("slopes of the loss", row * last.out + col, last.slope_by_z(row, col),
+         {slope.value * loss_.scale, loss_.scale * (slope.error + 2 * kUnit * std::fabs(slope.value))}, report);
+  }
+  void compare_values(const std::vector<Bounded>& sums, Report& report) const {
+    for (size_t i = 0; i < sums.size(); ++i)
+      report.near("loss", static_cast<int64_t>(i), values_.get(static_cast<int64_t>(i)), sums[i].value,
+                  sums[i].error + 0x1p-45L * std::fabs(sums[i].value));
+  }
+
+  // The slope with its mask. Where z might be of either sign, either side of a kink is right.
+  static Bounded masked_slope(const NetLayer& layer, const Bounded& z, Real a, Real mask) {
+    const bool relu = layer.activation == Activation::relu;
+    const bool kink = layer.activation >= Activation::relu && layer.activation <= Activation::prelu;
+    const Measured exact = slope(layer.activation, z.value, a);
+    const Real jump = kink && std::fabs(z.value) <= z.error ? 1 + std::fabs(a) : 0;
+    const Real by_z = kink || layer.activation == Activation::identity ? 0 : z.error;
+    return {mask * (relu ? z.value > 0 : exact.value), mask * (jump + by_z + kRoundings * kUnit * exact.magnitude)};
+  }
+
+  // dy = dz of the layer above times its weight.
+  Bounded dy(const NetLayer& above, int64_t row, int64_t col) const {
+    Real sum = 0, magnitude = 0;
+    for (int64_t n = 0; n < above.out; ++n) {
+      const Real term = above.slope_by_z(row, n) * above.weight(n, col);
+      sum += term;
+      magnitude += std::fabs(term);
+    }
+    return {sum, net_.format.sum_error(above.out, magnitude)};
+  }
+
+  void compare_backward(const NetLayer& layer, const Table& table, const NetLayer& above, Report& report) const {
+    std::vector<Bounded> by_slope(static_cast<size_t>(panels_of(net_.rows) * layer.out), Bounded{0, 0});
+    for (int64_t row = 0; row < net_.rows; ++row)
+      for (int64_t col = 0; col < layer.out; ++col) {
+        const Bounded z = at(table, layer.out, row, col), outer = dy(above, row, col);
+        const Real mask = layer.mask(row, col), size = std::fabs(outer.value);
+        const Bounded inner = masked_slope(layer, z, layer.slope_of(col), mask);
+        const Real error = (size + outer.error) * inner.error + outer.error * std::fabs(inner.value);
+        near("dz", row * layer.out + col, layer.slope_by_z(row, col), {outer.value * inner.value, error}, report);
+        const Real below = mask * std::min<Real>(z.value, 0);
+        add(by_slope[static_cast<size_t>(row / kPanel * layer.out + col)],
+            {outer.value * below, size * mask * z.error - below * (outer.error + 2 * kRoundings * kUnit * size)});
+      }
+    for (int64_t i = 0; i < layer.dslope.count(); ++i)
+      report.near("dslope", i, layer.dslope.get(i), by_slope[static_cast<size_t>(i)].value,
+                  by_slope[static_cast<size_t>(i)].error);
+  }
+
+  NetCase net_;
+  NetLoss loss_;
+  std::deque<NetLayer> layers_;
+  Numbers values_;
+  bool backwards_;
+};
+
+inline NetCase drawn(Format format, int64_t hidden, Activation activation, double p, int64_t rows, Loss loss,
+                     Draw& draw) {
+  NetCase net{
+      format, {}, activation, p, rows, loss, draw.coin() ? 0.1f : 0.f, draw.coin() && loss == Loss::cross_entropy};
+  for (int64_t i = 0; i < hidden + 2; ++i) net.widths.push_back(draw.of<int64_t>({1, 2, 3, 31, 32, 33, 70}));
+  return net;
+}
+
+// Every activation and every loss, with odd and even widths, ragged rows and several panels.
+inline void check_steps(Format format, void (*kernel)(const mlpkit::StepPanel&), Draw& draw, Report& report) {
+  const std::vector<int64_t> rows = {1, 31, 32, 33, 70};
+  const auto loss = [](int64_t i) { return static_cast<Loss>(i); };
+  const auto check = [&](const NetCase& net) {
+    Step step(net, draw);
+    step.run(kernel);
+    step.compare(report);
+  };
+  for (int activation = 0; activation <= static_cast<int>(Activation::tanh); ++activation)
+    for (const double p : {0.0, 0.3, 1.0})
+      for (int64_t hidden = 1; hidden <= 3; ++hidden)
+        check(drawn(format, hidden, static_cast<Activation>(activation), p, draw.of(rows), loss(draw.below(6)), draw));
+  for (int64_t kind = 0; kind < 6; ++kind)
+    for (const int64_t count : rows)
+      for (int64_t hidden = 0; hidden < 4; ++hidden)
+        check(drawn(format, hidden, static_cast<Activation>(draw.below(9)), 0.3, count, loss(kind), draw));
+  // Sums longer than one chain, forward and backward, where lines are many and where they are few.
+  check({format, {300, 20, 300}, Activation::prelu, 0.3, 33, Loss::cross_entropy, 0.1f, true});
+  if (format.in_pairs()) check({format, {517, 33, 515}, Activation::silu, 0, 33, Loss::huber, 0, false});
+  check({format, {300, 5, 300}, Activation::relu, 0, 33, Loss::mse, 0, false});
+}
+
+}  // namespace native
