@@ -1,159 +1,62 @@
 // The part of mlpkit._C that takes whole training steps: it holds what Python has proven about a model, a loss and an
-// optimizer, and sees at each call, at the cost of some dictionary look-ups, whether that still holds.
+// optimizer, and takes a step where that still holds.
 #include "bindings_step.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <cmath>
+#include <algorithm>
+#include <utility>
 
+#include "bindings_watch.h"
 #include "ops/mlp_step.h"
 
 namespace mlpkit {
 namespace {
 
-PyObject* item(PyObject* dict, const py::str& key) { return PyDict_GetItem(dict, key.ptr()); }
-bool empty(PyObject* dict) { return dict == nullptr || dict == Py_None || (PyDict_Check(dict) && !PyDict_Size(dict)); }
-
-struct Names {
-  py::str forward{"forward"}, modules{"_modules"}, parameters{"_parameters"}, training{"training"}, dropout{"dropout"},
-      param_groups{"param_groups"}, params{"params"}, state{"state"}, betas{"betas"}, alpha{"alpha"},
-      nesterov{"nesterov"}, lr{"lr"}, weight_decay{"weight_decay"}, momentum{"momentum"}, dampening{"dampening"},
-      eps{"eps"}, layers{"layers"};
-  std::vector<py::str> hooks{"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"};
-  std::vector<py::str> step_hooks{"_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"};
-  std::vector<py::str> unusual{"amsgrad", "maximize", "centered", "differentiable", "capturable"};
-};
-// Never destroyed: the interpreter may be gone by then.
-const Names& names() {
-  static const Names* all = new Names();
-  return *all;
-}
-
-// A module that is nothing but what its class says: no hook, no forward of its own.
-struct Module {
-  py::object module;
-  PyTypeObject* type;
-  py::dict dict;
-  explicit Module(py::object of) : module(std::move(of)), type(Py_TYPE(module.ptr())), dict(module.attr("__dict__")) {}
-  bool plain() const {
-    if (Py_TYPE(module.ptr()) != type || PyDict_Contains(dict.ptr(), names().forward.ptr())) return false;
-    for (const py::str& name : names().hooks)
-      if (!empty(item(dict.ptr(), name))) return false;
-    return true;
-  }
+struct Flag {  // true while it lives
+  explicit Flag(bool& flag) : flag(flag) { flag = true; }
+  ~Flag() { flag = false; }
+  Flag(const Flag&) = delete;
+  Flag& operator=(const Flag&) = delete;
+  bool& flag;
 };
 
-// Entries of a dict that must be these very objects.
-struct Entries {
-  py::dict dict;
-  std::vector<std::pair<py::str, py::object>> known;
-  bool same() const {
-    for (const auto& [name, value] : known)
-      if (item(dict.ptr(), name) != value.ptr()) return false;
-    return true;
-  }
-};
-
-// A float32 tensor that lies on the CPU as it did.
-struct Place {
-  at::Tensor tensor;
-  std::vector<int64_t> sizes;
-  explicit Place(const at::Tensor& of) : tensor(of), sizes(of.sizes().vec()) {}
-  bool same() const {
-    return tensor.scalar_type() == at::kFloat && tensor.device().is_cpu() && tensor.sizes() == sizes &&
-           tensor.is_contiguous();
-  }
-};
-
-bool trained(PyObject* object) {
-  const auto* variable = reinterpret_cast<THPVariable*>(object);
-  return THPVariable_Unpack(object).requires_grad() && empty(variable->backward_hooks) &&
-         empty(variable->post_accumulate_grad_hooks);
-}
-
-// Nobody watches operations or changes what they do.
-bool undisturbed() {
-  return at::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() &&
-         !at::autocast::is_autocast_enabled(at::kCPU) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         at::impl::PythonTorchFunctionTLS::stack_len() == 0;
-}
-
-std::optional<double> number(PyObject* object) {
-  if (object == nullptr) return 0.0;
-  if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
-  if (!PyLong_CheckExact(object) && !PyBool_Check(object)) return std::nullopt;  // Python decides what that means
-  return PyLong_AsDouble(object);
-}
-
-class Settings {  // of one parameter group, within the bounds of mlpkit.guard.bounds
- public:
-  explicit Settings(PyObject* group) : group_(group) {}
-  std::optional<MlpStepGroup> read() {
-    const Names& n = names();
-    for (const py::str& name : n.unusual) {
-      PyObject* value = item(group_, name);
-      if (value != nullptr && value != Py_False && value != Py_None) return std::nullopt;
-    }
-    MlpStepGroup result{};
-    result.lr = modest(item(group_, n.lr));
-    result.weight_decay = modest(item(group_, n.weight_decay));
-    result.momentum = modest(item(group_, n.momentum));
-    result.dampening = modest(item(group_, n.dampening));
-    result.eps = modest(item(group_, n.eps));
-    if (item(group_, n.eps) != nullptr && !(result.eps >= 0x1p-40)) good_ = false;
-    PyObject* betas = item(group_, n.betas);
-    if (betas != nullptr && PyTuple_CheckExact(betas) && PyTuple_GET_SIZE(betas) == 2) {
-      result.beta1 = beta(PyTuple_GET_ITEM(betas, 0));
-      result.beta2 = beta(PyTuple_GET_ITEM(betas, 1));
-    } else {
-      good_ = good_ && betas == nullptr;
-      result.beta2 = beta(item(group_, n.alpha));
-    }
-    PyObject* nesterov = item(group_, n.nesterov);
-    result.nesterov = nesterov != nullptr && PyObject_IsTrue(nesterov) == 1;
-    return good_ ? std::optional(result) : std::nullopt;
-  }
-
- private:
-  double modest(PyObject* object) {
-    const std::optional<double> value = number(object);
-    good_ = good_ && value && std::abs(*value) <= 0x1p10;
-    return value.value_or(0.0);
-  }
-  double beta(PyObject* object) {
-    const std::optional<double> value = number(object);
-    good_ = good_ && value && *value >= 0 && *value <= 1 - 0x1p-20;
-    return value.value_or(0.0);
-  }
-  PyObject* group_;
-  bool good_ = true;
+// What is watched, as Python names it.
+struct Watched {
+  py::list modules;    // that must stay plain
+  py::list dicts;      // that must keep all their items
+  py::list entries;    // (dict, key) that must keep their value
+  py::list rates;      // of hidden layers: (the dict of the module that has it, the name of p in it)
+  py::object drawing;  // dict of the module whose `training` says whether a seed is drawn; None: each rate's own
+  py::list hooks;      // dicts that must stay empty
 };
 
 // What a step was proven for. Objects are held, so that none can be replaced by another at the same address.
 class WatchedStep {
  public:
-  WatchedStep(py::object model, py::list layers, py::object optimizer, py::list global_hooks, bool bfloat16,
-              const std::string& loss, bool mean, double delta, double label_smoothing, int64_t ignore_index,
-              std::optional<at::Tensor> class_weights, const std::string& kind, const std::string& activation,
-              double negative_slope, py::list entries, py::list also_plain, py::list also_same);
+  WatchedStep(const py::list& layers, const py::object& optimizer, const py::list& states, const Watched& watched,
+              bool bfloat16, const std::string& activation, double negative_slope, MlpStepLoss loss,
+              const std::string& kind);
 
   // None: something is not as it was proven to be. False: nothing was changed, because something is not finite, too
   // large or out of range. Otherwise the loss and the norm of the gradients.
   py::object take(py::object inputs, py::object target, double clip_norm) {
-    if (!same() || !fits(inputs.ptr(), target.ptr())) return py::none();
+    if (busy_ || !same() || !fits(inputs.ptr(), target.ptr())) return py::none();
     return run(inputs, target, clip_norm);
   }
   // The same where Python has just proven everything anew.
   py::object take_proven(py::object inputs, py::object target, double clip_norm) {
-    read_dropout();
-    if (!read_groups()) return py::none();
+    const auto holds = [](const py::object& parameter) { return trained(parameter.ptr()); };
+    if (busy_ || !read_dropout() || !read_groups() || !std::all_of(trained_.begin(), trained_.end(), holds))
+      return py::none();
     return run(inputs, target, clip_norm);
   }
+
+  // For the garbage collector: a model may hold the step that watches it.
+  template <class Visit>
+  int each_object(const Visit& visit) const;
+  void forget();
 
  private:
   bool same();
@@ -162,20 +65,22 @@ class WatchedStep {
   bool read_groups();
   py::object run(const py::object& inputs, const py::object& target, double clip_norm);
 
-  Module model_;
-  py::dict layer_list_;  // ModuleList's modules
-  std::vector<Module> layers_, also_plain_;
-  std::vector<Entries> parameters_, states_, also_same_;
-  std::vector<py::object> trained_;
+  std::vector<Module> modules_;
+  std::vector<Items> items_;
+  std::vector<Entries> entries_;
+  std::vector<std::pair<py::dict, py::str>> rates_;
+  std::vector<py::object> hooks_, trained_;
   std::vector<Place> places_;
   py::dict optimizer_;
   py::object state_;
-  std::vector<std::pair<py::object, py::object>> state_items_;
   std::vector<std::vector<py::object>> group_params_;
-  std::vector<py::object> global_hooks_;
+  py::object drawing_, own_step_;
   std::vector<double> p_;
   std::vector<MlpStepGroup> groups_;
-  bool by_class_;
+  std::vector<bool> has_first_;  // of each group: whether its parameters have a first moment
+  Optimizer kind_;
+  bool by_class_, draws_ = false;
+  bool busy_ = false;  // another thread is in a step of this object, outside the interpreter's lock
   int64_t in_ = 0, out_ = 0;
   std::unique_ptr<MlpStep> step_;
 };
@@ -195,31 +100,51 @@ std::optional<at::Tensor> tensor_or_none(const py::handle& object) {
   return THPVariable_Unpack(object.ptr());
 }
 
-// layers: of each module, its weight, bias and slope (or None). entries: of each parameter in that order, its group,
-// its dictionary in the optimizer's state, and the names in it of the first and second moment and the step count (or
-// None). also_plain: more modules that must stay plain; also_same: (dictionary, key) of more entries that must stay.
-WatchedStep::WatchedStep(py::object model, py::list layers, py::object optimizer, py::list global_hooks, bool bfloat16,
-                         const std::string& loss, bool mean, double delta, double label_smoothing, int64_t ignore_index,
-                         std::optional<at::Tensor> class_weights, const std::string& kind,
-                         const std::string& activation, double negative_slope, py::list entries, py::list also_plain,
-                         py::list also_same)
-    : model_(model), layer_list_(model.attr("layers").attr("_modules")), optimizer_(optimizer.attr("__dict__")) {
+// (kind, eps, momentum, frozen, weight, bias, running mean, running variance, batches)
+MlpStepNorm norm_of(const py::handle& object) {
+  MlpStepNorm norm;
+  if (object.is_none()) return norm;
+  const auto parts = object.cast<py::tuple>();
+  norm.kind = parts[0].cast<std::string>() == "batch" ? Norm::batch : Norm::layer;
+  norm.eps = parts[1].cast<double>();
+  norm.momentum = parts[2].cast<double>();
+  norm.frozen = parts[3].cast<bool>();
+  std::optional<at::Tensor>* to[] = {&norm.weight, &norm.bias, &norm.running_mean, &norm.running_var, &norm.batches};
+  for (size_t i = 0; i < 5; ++i) *to[i] = tensor_or_none(parts[4 + i]);
+  return norm;
+}
+
+// layers: (weight, bias, slope, norm), the last three may be None. states: of each parameter in the order of MlpStep,
+// its group, its dictionary in the optimizer's state, and the names in it of the first and second moment and the step
+// count (or None).
+WatchedStep::WatchedStep(const py::list& layers, const py::object& optimizer, const py::list& states,
+                         const Watched& watched, bool bfloat16, const std::string& activation, double negative_slope,
+                         MlpStepLoss loss, const std::string& kind)
+    : optimizer_(optimizer.attr("__dict__")),
+      state_(optimizer.attr("state")),
+      drawing_(watched.drawing),
+      kind_(optimizer_from_name(kind)) {
+  if (PyObject* own = item(optimizer_.ptr(), names().step)) own_step_ = py::reinterpret_borrow<py::object>(own);
+  for (const py::handle module : watched.modules) modules_.emplace_back(module.cast<py::object>());
+  for (const py::handle dict : watched.dicts) items_.emplace_back(dict.cast<py::dict>());
+  items_.emplace_back(state_.cast<py::dict>());
+  for (const py::handle entry : watched.entries) {
+    const auto [dict, key] = entry.cast<std::pair<py::dict, py::str>>();
+    entries_.push_back({dict, {{key, dict[key].cast<py::object>()}}});
+  }
+  for (const py::handle rate : watched.rates) rates_.push_back(rate.cast<std::pair<py::dict, py::str>>());
+  for (const py::handle hooks : watched.hooks) hooks_.push_back(hooks.cast<py::object>());
   std::vector<MlpStepLayer> tensors;
   for (const py::handle layer : layers) {
     const auto parts = layer.cast<py::tuple>();
-    layers_.emplace_back(parts[0].cast<py::object>());
-    Entries known{parts[0].attr("_parameters").cast<py::dict>(), {}};
-    const char* name[] = {"weight", "bias", "slope"};
-    for (int i = 0; i < 3; ++i) {
-      if (i == 2 && parts[3].is_none()) continue;
-      known.known.emplace_back(name[i], parts[i + 1].cast<py::object>());
-      if (!parts[i + 1].is_none()) trained_.push_back(parts[i + 1].cast<py::object>());
-    }
-    parameters_.push_back(std::move(known));
-    tensors.push_back({*tensor_or_none(parts[1]), tensor_or_none(parts[2]), tensor_or_none(parts[3])});
+    tensors.push_back(
+        {*tensor_or_none(parts[0]), tensor_or_none(parts[1]), tensor_or_none(parts[2]), norm_of(parts[3])});
+    for (const auto& average : {tensors.back().norm.running_mean, tensors.back().norm.running_var})
+      if (average) places_.emplace_back(*average);
   }
-  std::vector<MlpStepState> states;
-  for (const py::handle entry : entries) {
+  std::vector<MlpStepState> known_states;
+  has_first_.resize(py::len(optimizer.attr("param_groups")));
+  for (const py::handle entry : states) {
     const auto parts = entry.cast<py::tuple>();
     MlpStepState state{parts[0].cast<int64_t>(), std::nullopt, std::nullopt, std::nullopt};
     std::optional<at::Tensor>* to[] = {&state.first, &state.second, &state.step};
@@ -231,68 +156,78 @@ WatchedStep::WatchedStep(py::object model, py::list layers, py::object optimizer
       *to[i] = tensor_or_none(known.dict[key]);
       places_.emplace_back(**to[i]);
     }
-    states_.push_back(std::move(known));
-    states.push_back(std::move(state));
+    if (state.first) has_first_[state.group] = true;
+    entries_.push_back(std::move(known));
+    known_states.push_back(std::move(state));
   }
-  for (const py::object& parameter : trained_) places_.emplace_back(THPVariable_Unpack(parameter.ptr()));
   for (const py::handle group : optimizer.attr("param_groups")) {
-    std::vector<py::object> params;
-    for (const py::handle parameter : group["params"]) params.push_back(parameter.cast<py::object>());
-    group_params_.push_back(std::move(params));
+    std::vector<py::object>& params = group_params_.emplace_back();
+    for (const py::handle parameter : group["params"]) {
+      params.push_back(parameter.cast<py::object>());
+      trained_.push_back(params.back());
+      places_.emplace_back(THPVariable_Unpack(parameter.ptr()));
+    }
   }
-  state_ = optimizer.attr("state");
-  for (const auto& [key, value] : state_.cast<py::dict>())
-    state_items_.emplace_back(key.cast<py::object>(), value.cast<py::object>());
-  for (const py::handle module : also_plain) also_plain_.emplace_back(module.cast<py::object>());
-  for (const py::handle entry : also_same) {
-    const auto parts = entry.cast<py::tuple>();
-    const auto dict = parts[0].cast<py::dict>();
-    const auto key = parts[1].cast<py::str>();
-    also_same_.push_back({dict, {{key, dict[key].cast<py::object>()}}});
-  }
-  for (const py::handle hooks : global_hooks) global_hooks_.push_back(hooks.cast<py::object>());
-  by_class_ = loss == "cross_entropy";
+  by_class_ = loss.kind == Loss::cross_entropy;
+  if (loss.class_weights) places_.emplace_back(*loss.class_weights);
   in_ = tensors.front().weight.size(1);
   out_ = tensors.back().weight.size(0);
-  step_ = std::make_unique<MlpStep>(
-      std::move(tensors), bfloat16, activation, negative_slope,
-      MlpStepLoss{loss_of(loss), mean, delta, label_smoothing, ignore_index, std::move(class_weights)}, kind,
-      std::move(states));
+  step_ = std::make_unique<MlpStep>(std::move(tensors), bfloat16, activation, negative_slope, std::move(loss), kind,
+                                    std::move(known_states));
 }
 
 bool WatchedStep::same() {
-  if (!undisturbed() || !model_.plain()) return false;
-  for (const py::object& hooks : global_hooks_)
-    if (!empty(hooks.ptr())) return false;
-  Py_ssize_t position = 0;
-  PyObject *key = nullptr, *value = nullptr;
-  size_t next = 0;
-  while (PyDict_Next(layer_list_.ptr(), &position, &key, &value))
-    if (next == layers_.size() || layers_[next++].module.ptr() != value) return false;
-  if (next != layers_.size()) return false;
-  for (const auto* modules : {&layers_, &also_plain_})
-    for (const Module& module : *modules)
-      if (!module.plain()) return false;
-  for (const auto* list : {&parameters_, &states_, &also_same_})
-    for (const Entries& entries : *list)
-      if (!entries.same()) return false;
-  for (const py::object& parameter : trained_)
-    if (!trained(parameter.ptr())) return false;
-  for (const Place& place : places_)
-    if (!place.same()) return false;
-  for (const py::str& name : names().step_hooks)
-    if (!empty(item(optimizer_.ptr(), name))) return false;
-  if (item(optimizer_.ptr(), names().state) != state_.ptr()) return false;
-  position = 0;
-  next = 0;
-  while (PyDict_Next(state_.ptr(), &position, &key, &value)) {
-    if (next == state_items_.size() || state_items_[next].first.ptr() != key ||
-        state_items_[next].second.ptr() != value)
-      return false;
-    ++next;
+  if (!undisturbed()) return false;
+  const auto all = [](const auto& list, const auto& holds) { return std::all_of(list.begin(), list.end(), holds); };
+  return all(hooks_, [](const py::object& dict) { return empty(dict.ptr()); }) &&
+         all(names().step_hooks, [&](const py::str& name) { return empty(item(optimizer_.ptr(), name)); }) &&
+         item(optimizer_.ptr(), names().state) == state_.ptr() &&
+         item(optimizer_.ptr(), names().step) == own_step_.ptr() &&
+         all(modules_, [](const Module& module) { return module.plain(); }) &&
+         all(items_, [](const Items& items) { return items.same(); }) &&
+         all(entries_, [](const Entries& entries) { return entries.same(); }) &&
+         all(trained_, [](const py::object& parameter) { return trained(parameter.ptr()); }) &&
+         all(places_, [](const Place& place) { return place.same(); }) && read_dropout() && read_groups();
+}
+
+// Calls visit(object) for every object that is held, until one call returns something else than 0.
+template <class Visit>
+int WatchedStep::each_object(const Visit& visit) const {
+  int result = 0;
+  const auto see = [&](const py::handle& object) {
+    if (result == 0 && object) result = visit(object.ptr());
+  };
+  for (const Module& module : modules_) (see(module.module), see(module.dict));
+  for (const Items& items : items_) {
+    see(items.dict);
+    for (const auto& [key, value] : items.known) (see(key), see(value));
   }
-  if (next != state_items_.size()) return false;
-  return read_dropout() && read_groups();
+  for (const Entries& entries : entries_) {
+    see(entries.dict);
+    for (const auto& [name, value] : entries.known) see(value);
+  }
+  for (const auto& [dict, name] : rates_) see(dict);
+  for (const auto* list : {&hooks_, &trained_})
+    for (const py::object& object : *list) see(object);
+  for (const auto& params : group_params_)
+    for (const py::object& parameter : params) see(parameter);
+  for (const py::object* object : {&state_, &drawing_, &own_step_}) see(*object);
+  see(optimizer_);
+  return result;
+}
+
+// Lets go of every object; no step can be taken any more.
+void WatchedStep::forget() {
+  busy_ = true;
+  // What dies may look at this object, so it dies when nothing is held here.
+  const auto modules = std::exchange(modules_, {});
+  const auto items = std::exchange(items_, {});
+  const auto entries = std::exchange(entries_, {});
+  const auto rates = std::exchange(rates_, {});
+  const auto hooks = std::exchange(hooks_, {}), trained = std::exchange(trained_, {});
+  const auto params = std::exchange(group_params_, {});
+  const py::object state = std::move(state_), drawing = std::move(drawing_), own_step = std::move(own_step_);
+  const py::object optimizer = std::move(optimizer_);
 }
 
 bool WatchedStep::fits(PyObject* inputs, PyObject* target) const {
@@ -300,18 +235,24 @@ bool WatchedStep::fits(PyObject* inputs, PyObject* target) const {
     if (Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(THPVariableClass)) return false;
   const at::Tensor &x = THPVariable_Unpack(inputs), &t = THPVariable_Unpack(target);
   for (const at::Tensor& tensor : {x, t})
-    if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.requires_grad()) return false;
+    if (!tensor.device().is_cpu() || tensor.layout() != at::kStrided || tensor.requires_grad() || tensor.is_neg() ||
+        tensor._is_zerotensor())
+      return false;
   if (x.scalar_type() != at::kFloat || x.dim() != 2 || x.size(1) != in_ || x.size(0) == 0) return false;
   if (by_class_) return t.scalar_type() == at::kLong && t.dim() == 1 && t.size(0) == x.size(0);
   return t.scalar_type() == at::kFloat && t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == out_;
 }
 
+// As MLP draws: its own mode decides where the layers hold p, each dropout's mode where there are norms.
 bool WatchedStep::read_dropout() {
   p_.clear();
-  for (size_t i = 0; i + 1 < layers_.size(); ++i) {
-    const std::optional<double> p = number(item(layers_[i].dict.ptr(), names().dropout));
-    if (!p) return false;
-    p_.push_back(item(layers_[i].dict.ptr(), names().training) == Py_True ? *p : 0.0);
+  draws_ = false;
+  const bool whole = !drawing_.is_none(), training = whole && item(drawing_.ptr(), names().training) == Py_True;
+  for (const auto& [module, name] : rates_) {
+    const std::optional<double> p = number(item(module.ptr(), name));
+    if (!p || !(*p >= 0 && *p <= 1)) return false;
+    p_.push_back(item(module.ptr(), names().training) == Py_True ? *p : 0.0);
+    draws_ = draws_ || (whole ? training && *p > 0 : p_.back() > 0);
   }
   return true;
 }
@@ -330,8 +271,11 @@ bool WatchedStep::read_groups() {
       return false;
     for (size_t j = 0; j < known.size(); ++j)
       if (PyList_GET_ITEM(params, j) != known[j].ptr()) return false;
-    const std::optional<MlpStepGroup> settings = Settings(group).read();
+    const std::optional<MlpStepGroup> settings = settings_of(group, kind_ == Optimizer::adamw);
     if (!settings) return false;
+    // Momentum that came after the state was looked at has no buffer yet.
+    const bool heavy = settings->momentum != 0;
+    if (heavy && (kind_ == Optimizer::rmsprop || (kind_ == Optimizer::sgd && !has_first_[i]))) return false;
     groups_.push_back(*settings);
   }
   return true;
@@ -339,11 +283,12 @@ bool WatchedStep::read_groups() {
 
 py::object WatchedStep::run(const py::object& inputs, const py::object& target, double clip_norm) {
   MlpStepOutcome outcome{};
+  const Flag busy(busy_);
   {
     const at::Tensor x = THPVariable_Unpack(inputs.ptr()), t = THPVariable_Unpack(target.ptr());
     const py::gil_scoped_release release;
     const at::AutoDispatchBelowADInplaceOrView below;
-    outcome = step_->take(x, t, p_, clip_norm, groups_);
+    outcome = step_->take(x, t, p_, draws_, clip_norm, groups_);
   }
   if (!outcome.taken) return py::bool_(false);
   for (const py::object& parameter : trained_) {
@@ -353,17 +298,46 @@ py::object WatchedStep::run(const py::object& inputs, const py::object& target, 
   return py::make_tuple(outcome.loss, outcome.norm);
 }
 
+// The step behind an object; nullptr until its constructor is through, and after it failed.
+WatchedStep* step_of(PyObject* self) {
+  const auto place = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return place.holder_constructed() ? place.value_ptr<WatchedStep>() : nullptr;
+}
+
+void collect_garbage(PyHeapTypeObject* heap) {
+  PyTypeObject* type = &heap->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const WatchedStep* step = step_of(self);
+    return step ? step->each_object([&](PyObject* object) { return visit(object, arg); }) : 0;
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (WatchedStep* step = step_of(self)) step->forget();
+    return 0;
+  };
+}
+
 }  // namespace
 
 void bind_step(py::module_& m) {
-  py::class_<WatchedStep>(m, "MlpStep")
-      .def(py::init<py::object, py::list, py::object, py::list, bool, const std::string&, bool, double, double, int64_t,
-                    std::optional<at::Tensor>, const std::string&, const std::string&, double, py::list, py::list,
-                    py::list>(),
-           py::arg("model"), py::arg("layers"), py::arg("optimizer"), py::arg("global_hooks"), py::arg("bfloat16"),
-           py::arg("loss"), py::arg("mean"), py::arg("delta"), py::arg("label_smoothing"), py::arg("ignore_index"),
-           py::arg("class_weights"), py::arg("kind"), py::arg("activation"), py::arg("negative_slope"),
-           py::arg("entries"), py::arg("also_plain"), py::arg("also_same"))
+  py::class_<WatchedStep>(m, "MlpStep", py::custom_type_setup(collect_garbage))
+      .def(py::init([](const py::list& layers, const py::object& optimizer, const py::list& states,
+                       const py::list& modules, const py::list& dicts, const py::list& entries, const py::list& rates,
+                       const py::list& hooks, const py::object& drawing, bool bfloat16, const std::string& activation,
+                       double negative_slope, const std::string& loss, bool mean, double delta, double label_smoothing,
+                       int64_t ignore_index, std::optional<at::Tensor> class_weights, const std::string& kind) {
+             return std::make_unique<WatchedStep>(
+                 layers, optimizer, states, Watched{modules, dicts, entries, rates, drawing, hooks}, bfloat16,
+                 activation, negative_slope,
+                 MlpStepLoss{loss_of(loss), mean, delta, label_smoothing, ignore_index, std::move(class_weights)},
+                 kind);
+           }),
+           py::kw_only(), py::arg("layers"), py::arg("optimizer"), py::arg("states"), py::arg("modules"),
+           py::arg("dicts"), py::arg("entries"), py::arg("rates"), py::arg("hooks"), py::arg("drawing"),
+           py::arg("bfloat16"), py::arg("activation"), py::arg("negative_slope"), py::arg("loss"), py::arg("mean"),
+           py::arg("delta"), py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("class_weights"),
+           py::arg("kind"))
       .def("take", &WatchedStep::take, py::arg("inputs"), py::arg("target"), py::arg("clip_norm"))
       .def("take_proven", &WatchedStep::take_proven, py::arg("inputs"), py::arg("target"), py::arg("clip_norm"));
 }

@@ -31,12 +31,14 @@ MLPKIT_HD double cross_entropy_of_lanes(const StepLoss& loss, int64_t panel, int
     else
       by_weight += at;
   }
+  // A row that does not count gives no slope, but its NaN is not hidden: the sum is finite otherwise.
+  const FloatVec ignored = wanted == kIgnored ? 0.f * sum : FloatVec{};
   for (int64_t c = 0; c < classes; ++c) {
     const FloatVec share = load_bits<FloatVec>(slopes + c * kPanel) / sum;
     const FloatVec is_class = wanted == static_cast<int32_t>(c) ? FloatVec{} + 1.f : FloatVec{};
     const FloatVec v = FloatVec{} + (loss.by_class ? loss.by_class[c] : 1.f);
     const FloatVec slope = loss.scale * cross_entropy_slope(loss.smoothing, share, is_class, weight, v);
-    store(slopes + c * kPanel, wanted >= 0 ? slope : FloatVec{});
+    store(slopes + c * kPanel, wanted >= 0 ? slope : ignored);
   }
   const FloatVec surprise = math::log(sum) + top;
   const FloatVec spread = loss.smoothing.spread * (loss.smoothing.total * surprise - by_weight);
@@ -54,7 +56,7 @@ MLPKIT_HD double loss_of_lanes(const StepLoss& loss, int64_t count, int64_t outp
   for (int64_t c = 0; c < outputs; ++c) {
     const LossTerm<FloatVec> term =
         Term::at(load_bits<FloatVec>(z + c * kPanel), load_bits<FloatVec>(target + c * kPanel), loss.delta);
-    const IntVec inside = lane < static_cast<int32_t>(count);
+    const IntVec inside = lane < static_cast<int32_t>(count < kLanes ? count : kLanes);
     store(slopes + c * kPanel, inside ? term.slope * loss.scale : FloatVec{});
     sum += sum_of_lanes(inside ? term.value : FloatVec{});
   }

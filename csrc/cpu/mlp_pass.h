@@ -8,67 +8,64 @@
 #pragma once
 #include "cpu/mask_columns.h"
 #include "cpu/mlp_loss.h"
+#include "cpu/mlp_norm.h"
 #include "cpu/mlp_step.h"
 #include "cpu/panel.h"
 
 MLPKIT_BEGIN_ISA
 
-struct Kept {                 // of one layer and panel, [out, 32] each
-  float *y, *slopes, *below;  // outputs; slopes with mask and scale; prelu's outputs by its parameter
-};
-
-template <class Format, class A>
-void layer_forward(const StepLayer& layer, int64_t panel, const float* in, const Kept& kept, uint32_t* keep) {
+// Outputs first to first + count of a panel: act(z + bias) with the mask, where kept.y holds z.
+template <class A>
+void activate(const StepLayer& layer, const Kept& kept, const uint32_t* keep, const float* biases, int64_t first,
+              int64_t count) {
   const uint32_t threshold = layer.dropout.threshold;
   const bool draws = threshold > 0 && threshold < 65536;
   const float scale = static_cast<float>(layer.dropout.scale);
-  if (draws) mask_of_panel(layer.dropout, panel, layer.out, keep);
-  const auto finish = [&](int64_t first, int64_t count) __attribute__((always_inline)) {
-    for (int64_t n = first; n < first + count; ++n) {
-      const float bias = layer.bias ? layer.bias[n] : 0.f;
-      const FloatVec a = FloatVec{} + (layer.slope ? layer.slope[layer.slope_by_column ? n : 0] : layer.negative_slope);
-      const uint32_t bits = draws ? keep[n] : 0u;
-      for (int64_t col = 0; col < kPanel; col += kLanes) {
-        const int64_t at = n * kPanel + col;
-        const FloatVec z = load_bits<FloatVec>(kept.y + at) + bias;
-        FloatVec y = A::value(z, a), by_mask = FloatVec{} + 1.f;
-        if (threshold) {
-          select_lanes(bits >> col, FloatVec{} + scale, FloatVec{}, by_mask);
-          y = y * by_mask;
-        }
-        store(kept.y + at, y);
-        if (kept.slopes) store(kept.slopes + at, A::slope(z, a) * by_mask);
-        if constexpr (__is_same(A, Prelu)) store(kept.below + at, Prelu::slope_by_a(z) * by_mask);
+  for (int64_t n = first; n < first + count; ++n) {
+    const float bias = biases ? biases[n] : 0.f;
+    const FloatVec a = FloatVec{} + (layer.slope ? layer.slope[layer.slope_by_column ? n : 0] : layer.negative_slope);
+    const uint32_t bits = draws ? keep[n] : 0u;
+    for (int64_t col = 0; col < kPanel; col += kLanes) {
+      const int64_t at = n * kPanel + col;
+      const FloatVec z = load_bits<FloatVec>(kept.y + at) + bias;
+      FloatVec y = A::value(z, a), by_mask = FloatVec{} + 1.f;
+      if (threshold) {
+        select_lanes(bits >> col, FloatVec{} + scale, FloatVec{}, by_mask);
+        y = y * by_mask;
       }
+      store(kept.y + at, y);
+      if (kept.slopes) store(kept.slopes + at, A::slope(z, a) * by_mask);
+      if constexpr (__is_same(A, Prelu)) store(kept.below + at, Prelu::slope_by_a(z) * by_mask);
     }
-  };
-  const int64_t depth = lanes_of<typename Format::Lane>(layer.in);
-  panel_product<typename Format::Lane>({layer.forward, depth, 1}, in, depth, layer.out, kept.y, finish);
+  }
 }
 
-// dz of a layer in fp32, [out, 32], out of that of the layer above, [lanes(out), 32].
-template <class Format>
-void layer_backward(const StepLayer& above, const float* dz_above, const StepLayer& layer, int64_t panel,
-                    const Kept& kept, float* dz) {
+// Gradients by what the activation was applied to: dy of outputs first to first + count becomes du.
+inline void deactivate(const StepLayer& layer, int64_t panel, const Kept& kept, float* dy, int64_t first,
+                       int64_t count) {
   const FloatVec scale = FloatVec{} + static_cast<float>(layer.dropout.scale);
-  const auto finish = [&](int64_t first, int64_t count) __attribute__((always_inline)) {
-    for (int64_t n = first; n < first + count; ++n) {
-      FloatVec dslope{};
-      for (int64_t at = n * kPanel; at < (n + 1) * kPanel; at += kLanes) {
-        const FloatVec dy = load_bits<FloatVec>(dz + at), kept_y = load_bits<FloatVec>(kept.y + at);
-        FloatVec slope = FloatVec{} + 1.f;
-        if (kept.slopes)
-          slope = load_bits<FloatVec>(kept.slopes + at);
-        else if (layer.activation == Activation::relu)
-          slope = kept_y <= 0.f ? FloatVec{} : scale;  // a NaN stays one
-        if (kept.below) dslope += dy * load_bits<FloatVec>(kept.below + at);
-        store(dz + at, dy * slope);
+  for (int64_t n = first; n < first + count; ++n) {
+    FloatVec dslope{}, sum{}, sum_x{};
+    for (int64_t at = n * kPanel; at < (n + 1) * kPanel; at += kLanes) {
+      const FloatVec d = load_bits<FloatVec>(dy + at), y = load_bits<FloatVec>(kept.y + at);
+      FloatVec slope = FloatVec{} + 1.f;
+      if (kept.slopes)
+        slope = load_bits<FloatVec>(kept.slopes + at);
+      else if (layer.activation == Activation::relu)
+        slope = y <= 0.f ? FloatVec{} : scale;  // a NaN stays one
+      if (kept.below) dslope += d * load_bits<FloatVec>(kept.below + at);
+      const FloatVec du = d * slope;
+      if (kept.x) {
+        sum += du;
+        sum_x += du * load_bits<FloatVec>(kept.x + at);
       }
-      if (layer.dslope) layer.dslope[panel * layer.out + n] = static_cast<float>(sum_of_lanes(dslope));
+      store(dy + at, du);
     }
-  };
-  const int64_t depth = lanes_of<typename Format::Lane>(above.out);
-  panel_product<typename Format::Lane>({above.backward, 1, above.in}, dz_above, depth, above.in, dz, finish);
+    if (layer.dslope) layer.dslope[panel * layer.out + n] = static_cast<float>(sum_of_lanes(dslope));
+    if (!kept.x) continue;
+    layer.norm.sums[2 * panel * layer.out + n] = static_cast<float>(sum_of_lanes(sum));
+    layer.norm.sums[(2 * panel + 1) * layer.out + n] = static_cast<float>(sum_of_lanes(sum_x));
+  }
 }
 
 // Memory of one panel's pass, taken piece by piece from the scratch.
@@ -87,39 +84,119 @@ class Scratch {
 };
 
 template <class Format>
-void panel_pass(const StepPanel& step) {
-  constexpr int64_t block = kPanel * kPanel / Format::Lane::per_lane, column = kPanel / Format::Lane::per_lane;
-  const StepLayer *layers = step.layers, *last = step.layers + step.count - 1;
-  const int64_t panel = step.panel, first_row = panel * kPanel, rows = smaller(kPanel, step.rows - first_row);
-  int64_t widest = layers->in;
-  for (int64_t i = 0; i < step.count; ++i) widest = layers[i].out > widest ? layers[i].out : widest;
-  Scratch scratch(step.scratch);
-  Kept kept[kMostLayers];
-  for (int64_t i = 0; i < step.count; ++i) {
-    const int64_t out = layers[i].out, tensors = step_kept(layers[i]);
-    kept[i] = {scratch.columns(out), tensors > 1 ? scratch.columns(out) : nullptr,
-               tensors > 2 ? scratch.columns(out) : nullptr};
+class Pass {
+ public:
+  explicit Pass(const StepPanel& step)
+      : step_(step),
+        panel_(step.panel),
+        first_row_(step.panel * kPanel),
+        rows_(smaller(kPanel, step.rows - step.panel * kPanel)) {
+    Scratch scratch(step.scratch);
+    int64_t widest = step.layers->in;
+    for (int64_t i = 0; i < step.count; ++i) {
+      const StepLayer& layer = step.layers[i];
+      const int64_t tensors = step_kept(layer);
+      const bool normed = layer.norm.kind != Norm::none;
+      const auto columns = [&](bool wanted, int64_t count) { return wanted ? scratch.columns(count) : nullptr; };
+      kept_[i] = {scratch.columns(layer.out), columns(tensors > 1, layer.out), columns(tensors > 2, layer.out),
+                  columns(normed, layer.out), columns(normed, 1)};
+      widest = layer.out > widest ? layer.out : widest;
+    }
+    target_ = scratch.columns(step.layers[step.count - 1].out);
+    dz_ = scratch.columns(widest);
+    across_ = scratch.columns(widest);
+    multiplied_ = scratch.columns(widest);
+    keep_ = scratch.rest();
   }
-  float *target = scratch.columns(last->out), *dz = scratch.columns(widest), *across = scratch.columns(widest);
-  float* multiplied = scratch.columns(widest);
-  uint32_t* keep = scratch.rest();
 
-  const auto blocks = [&](const StepLayer& layer) { return layer.inputs + panel * panels_of(layer.in) * block; };
-  Format::rows(step.x + first_row * layers->in, layers->in, rows, layers->in, multiplied, blocks(*layers));
-  const float* in = multiplied;
-  for (int64_t i = 0; i < step.count; ++i) {
-    const StepLayer& layer = layers[i];
-    if (i > 0) in = Format::outputs(kept[i - 1].y, layer.in, multiplied, blocks(layer));
-    visit_activation(layer.activation, [&]<class A>(A) { layer_forward<Format, A>(layer, panel, in, kept[i], keep); });
+  void run() {
+    const int64_t until = step_.until ? step_.until : 2 * step_.count;
+    for (int64_t segment = step_.from; segment < until; ++segment) {
+      if (segment < step_.count)
+        forward(segment);
+      else
+        backward(2 * step_.count - 1 - segment);
+      if (segment == step_.count - 1) loss();
+    }
   }
 
-  if (step.loss.target) panel_of_rows(step.loss.target + first_row * last->out, last->out, rows, last->out, target);
-  *step.value = loss_of_panel(step, last->out, kept[step.count - 1].y, target, dz);
-  for (int64_t i = step.count - 1; i >= 0; --i) {
-    const StepLayer& layer = layers[i];
-    const float* multiplied_dz = Format::gradients(dz, layer.out, layer.dz + panel * layer.out * column, across);
-    if (i > 0) layer_backward<Format>(layer, multiplied_dz, layers[i - 1], panel, kept[i - 1], dz);
+ private:
+  static constexpr int64_t kColumn = kPanel / Format::Lane::per_lane;
+
+  void forward(int64_t i) {
+    const StepLayer& layer = step_.layers[i];
+    const float* in = inputs(i);
+    const int64_t depth = lanes_of<typename Format::Lane>(layer.in);
+    const Strided weight{layer.forward, depth, 1};
+    if (layer.norm.kind != Norm::none) {
+      panel_product<typename Format::Lane>(
+          weight, in, depth, layer.out, kept_[i].y, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+            if (layer.bias) activate<Identity>(plain(layer), {kept_[i].y}, nullptr, layer.bias, first, count);
+          });
+      if (layer.norm.moments) moments_of_panel(layer, panel_, rows_, kept_[i].y);
+      return;
+    }
+    draw(layer);
+    visit_activation(layer.activation, [&]<class A>(A) {
+      panel_product<typename Format::Lane>(weight, in, depth, layer.out, kept_[i].y,
+                                           [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+                                             activate<A>(layer, kept_[i], keep_, layer.bias, first, count);
+                                           });
+    });
   }
-}
+
+  // What layer i multiplies with its weight.
+  const float* inputs(int64_t i) {
+    const StepLayer& layer = step_.layers[i];
+    float* blocks = layer.inputs + panel_ * panels_of(layer.in) * kPanel * kColumn;
+    if (i == 0) {
+      Format::rows(step_.x + first_row_ * layer.in, layer.in, rows_, layer.in, multiplied_, blocks);
+      return multiplied_;
+    }
+    const StepLayer& below = step_.layers[i - 1];
+    if (below.norm.kind != Norm::none) {
+      normalise(below, kept_[i - 1]);
+      draw(below);
+      visit_activation(below.activation,
+                       [&]<class A>(A) { activate<A>(below, kept_[i - 1], keep_, nullptr, 0, below.out); });
+    }
+    return Format::outputs(kept_[i - 1].y, layer.in, multiplied_, blocks);
+  }
+
+  static StepLayer plain(StepLayer layer) {
+    layer.dropout = {};
+    return layer;
+  }
+
+  void draw(const StepLayer& layer) {
+    const uint32_t threshold = layer.dropout.threshold;
+    if (threshold > 0 && threshold < 65536) mask_of_panel(layer.dropout, panel_, layer.out, keep_);
+  }
+
+  void loss() {
+    const int64_t outputs = step_.layers[step_.count - 1].out;
+    if (step_.loss.target) panel_of_rows(step_.loss.target + first_row_ * outputs, outputs, rows_, outputs, target_);
+    *step_.value = loss_of_panel(step_, outputs, kept_[step_.count - 1].y, target_, dz_);
+  }
+
+  void backward(int64_t i) {
+    const StepLayer& layer = step_.layers[i];
+    if (layer.norm.kind != Norm::none) gradients_of_norm(layer, rows_, kept_[i], dz_);
+    const float* dz = Format::gradients(dz_, layer.out, layer.dz + panel_ * layer.out * kColumn, across_);
+    if (i == 0) return;
+    const StepLayer& below = step_.layers[i - 1];
+    const int64_t depth = lanes_of<typename Format::Lane>(layer.out);
+    panel_product<typename Format::Lane>({layer.backward, 1, layer.in}, dz, depth, layer.in, dz_,
+                                         [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+                                           deactivate(below, panel_, kept_[i - 1], dz_, first, count);
+                                         });
+  }
+
+  const StepPanel& step_;
+  int64_t panel_, first_row_, rows_;
+  Kept kept_[kMostLayers];
+  float *target_, *dz_, *across_, *multiplied_;  // multiplied: inputs; across: gradients
+  uint32_t* keep_;
+};
 
 MLPKIT_END_ISA

@@ -11,6 +11,7 @@
 #include "core/dropout_mask.h"
 #include "core/dtype.h"
 #include "core/loss.h"
+#include "core/norm.h"
 #include "cpu/capability.h"
 
 namespace mlpkit {
@@ -18,6 +19,16 @@ namespace mlpkit {
 constexpr int64_t kPanel = 32;
 constexpr int64_t kMostLayers = 64;
 inline int64_t panels_of(int64_t extent) { return (extent + kPanel - 1) / kPanel; }
+
+struct StepNorm {  // between a hidden layer's product and its activation: u = x weight + bias,  x = (z - mean) inverse
+  Norm kind;
+  double eps;
+  const float *weight, *bias;     // [out], or nullptr for 1 and 0
+  double* moments;                // batch: [panels of rows, 2, out]: of a panel's rows; nullptr where mean is given
+  const float *mean, *inverse;    // batch: [out]
+  float* sums;                    // [panels of rows, 2, out]: of du and of du x over a panel's rows
+  const float *mean_g, *mean_gx;  // batch: [out], of g = du weight over all rows; nullptr for 0
+};
 
 struct StepLayer {
   int64_t in, out;
@@ -30,6 +41,7 @@ struct StepLayer {
   const float* bias;      // [out] or nullptr
   const float* slope;     // [out] or [1]: prelu's, otherwise nullptr
   bool slope_by_column;
+  StepNorm norm;
   float* dweight;  // [out, in]
   float* dbias;    // [out] or nullptr
   float* inputs;   // [panels of rows, panels of in, lanes(32 rows), 32 columns]: what came in; zeros where columns end
@@ -37,12 +49,14 @@ struct StepLayer {
   float* dslope;   // [panels of rows, out]: the panel's sums, or nullptr
 };
 
+constexpr int32_t kIgnored = -1, kNoRow = -2;
+
 struct StepLoss {
   Loss kind;
   float scale;             // of the slopes: 1 / rows, say
   float delta;             // huber's
   Smoothing smoothing;     // cross_entropy's, as are the next three
-  const int32_t* classes;  // [panels of rows, 32]
+  const int32_t* classes;  // [panels of rows, 32]: kIgnored where a row does not count, kNoRow beyond the rows
   const float* weights;    // [panels of rows, 32]: of each row, 0 where it does not count
   const float* by_class;   // [classes] or nullptr, where all weigh 1
   const float* target;     // [rows, out]: of the other losses
@@ -61,8 +75,9 @@ struct StepPanel {
   int64_t count, rows, panel;  // at most kMostLayers
   const float* x;              // [rows, in]
   StepLoss loss;
-  float* scratch;  // step_scratch floats, 64-byte aligned
-  double* value;   // the panel's share of the loss, before scale
+  int64_t from, until;  // segments; until 0 means all that are left
+  float* scratch;       // step_scratch floats, 64-byte aligned; between segments of a panel it must stay
+  double* value;        // the panel's share of the loss, before scale
 };
 
 struct StepGradient {
@@ -71,6 +86,10 @@ struct StepGradient {
   double* squares;      // the sum of squares of what is written
 };
 
+// A panel's pass has two segments for each layer: layer i's product is in segment i, and its gradients are in segment
+// 2 layers - 1 - i. A batch norm of layer i must know all rows of the product before segment i + 1, and all of du
+// before the layer's gradients.
+//
 // What a layer keeps for its backward pass: its outputs where they tell the slopes, otherwise the slopes too, and what
 // prelu's parameter is multiplied by.
 inline int64_t step_kept(const StepLayer& layer) {
@@ -78,12 +97,13 @@ inline int64_t step_kept(const StepLayer& layer) {
   if (linear || layer.activation == Activation::relu) return 1;
   return layer.activation == Activation::prelu ? 3 : 2;
 }
-// Floats that step_panel works in: targets and what is kept; one layer as it is multiplied, forward and backward, and
-// its gradients before they are rounded; the mask of one layer.
+// Floats that step_panel works in: targets and what is kept, for a norm x and the rows' inverse too; one layer as it is
+// multiplied, forward and backward, and its gradients before they are rounded; the mask of one layer.
 inline int64_t step_scratch(const StepLayer* layers, int64_t count) {
   int64_t columns = layers[count - 1].out, widest = layers[0].in;
   for (int64_t i = 0; i < count; ++i) {
     columns += step_kept(layers[i]) * layers[i].out;
+    if (layers[i].norm.kind != Norm::none) columns += layers[i].out + 1;
     widest = widest > layers[i].out ? widest : layers[i].out;
   }
   return (columns + 3 * widest) * kPanel + (widest + kMaskTile - 1) / kMaskTile * kMaskTile;

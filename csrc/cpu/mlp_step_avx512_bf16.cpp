@@ -102,7 +102,7 @@ void step_weights_of_pairs(const StepWeights& w) {
     }
 }
 
-void step_panel_of_pairs(const StepPanel& step) { panel_pass<Pairs>(step); }
+void step_panel_of_pairs(const StepPanel& step) { Pass<Pairs>(step).run(); }
 
 void step_gradient_of_pairs(const StepGradient& g) { gradient_pass<Pair>(g); }
 

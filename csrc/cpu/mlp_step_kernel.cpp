@@ -52,8 +52,8 @@ struct Rounded {
 void step_weights(const StepWeights& w) { round_all<BFloat16>(w.weight, w.in * w.out, w.forward); }
 
 void step_panel(const StepPanel& step) {
-  if (step.dtype == Dtype::bfloat16) return panel_pass<Rounded<BFloat16>>(step);
-  panel_pass<Rounded<float>>(step);
+  if (step.dtype == Dtype::bfloat16) return Pass<Rounded<BFloat16>>(step).run();
+  Pass<Rounded<float>>(step).run();
 }
 
 void step_gradient(const StepGradient& g) { gradient_pass<OneInALane>(g); }

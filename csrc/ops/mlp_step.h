@@ -8,13 +8,23 @@
 #include <vector>
 
 #include "core/loss.h"
+#include "core/norm.h"
 #include "core/optimizer.h"
 
 namespace mlpkit {
 
+struct MlpStepNorm {  // of a hidden layer
+  Norm kind = Norm::none;
+  double eps = 0.0, momentum = 0.0;
+  bool frozen = false;  // batch: the running averages take the place of the batch's
+  std::optional<at::Tensor> weight, bias, running_mean, running_var;
+  std::optional<at::Tensor> batches;  // int64: how many have been seen
+};
+
 struct MlpStepLayer {
   at::Tensor weight;  // [out, in]
   std::optional<at::Tensor> bias, slope;
+  MlpStepNorm norm;
 };
 
 struct MlpStepLoss {
@@ -36,6 +46,8 @@ struct MlpStepGroup {
   bool nesterov;
 };
 
+Optimizer optimizer_from_name(const std::string& name);
+
 struct MlpStepOutcome {
   bool taken;  // false: nothing was changed, because something is not finite, too large to vouch for, or out of range
   double loss, norm;
@@ -52,10 +64,10 @@ class MlpStep {
   ~MlpStep();
 
   // x: [rows, in]; target: int64 [rows] for cross_entropy, otherwise float32 [rows, out]; p: one for each hidden layer;
-  // clip_norm 0 means none. Draws one seed from torch's generator where any p is above 0, and puts the generator back
-  // when the step is not taken.
-  MlpStepOutcome take(const at::Tensor& x, const at::Tensor& target, const std::vector<double>& p, double clip_norm,
-                      const std::vector<MlpStepGroup>& groups);
+  // clip_norm 0 means none. draws: one seed is drawn from torch's generator, which is put back when the step is
+  // not taken.
+  MlpStepOutcome take(const at::Tensor& x, const at::Tensor& target, const std::vector<double>& p, bool draws,
+                      double clip_norm, const std::vector<MlpStepGroup>& groups);
 
  private:
   struct Work;

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.optim import optimizer as optimizer_hooks
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from mlpkit._ext import _C
 from mlpkit.guard import bounds
 from mlpkit.guard.losses import LossSpec, describe
+from mlpkit.guard.watched import Network, Watched, network_of
 from mlpkit.nn import MLP
-from mlpkit.nn._whole import Whole, globally_hooked, whole
+from mlpkit.nn._whole import globally_hooked
 
 _NAMES: dict[type, str] = {
     torch.optim.SGD: "sgd",
@@ -37,7 +41,7 @@ _STATE = {
     "rmsprop": (None, "square_avg"),
 }
 _UNUSUAL = ("amsgrad", "maximize", "centered", "differentiable", "capturable")
-_GLOBAL_HOOKS = [
+_GLOBAL_HOOKS: list[dict[int, Any]] = [
     module_hooks._global_forward_hooks,
     module_hooks._global_forward_pre_hooks,
     module_hooks._global_backward_hooks,
@@ -88,7 +92,7 @@ class NativeStep:
     ) -> Outcome | bool | None:
         assert isinstance(self.model, MLP)
         self._step = None
-        network, spec = whole(self.model.layers), describe(self.loss)
+        network, spec = network_of(self.model), describe(self.loss)
         self.why_not = _not_now(self.model, network, self.optimizer, inputs, target, spec)
         if self.why_not or network is None or spec is None:
             return None
@@ -97,42 +101,44 @@ class NativeStep:
             self.why_not = entries
             return None
         self._step = self._native(network, spec, entries)
-        if globally_hooked() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        if globally_hooked() or torch._C._len_torch_dispatch_stack() or _watching_functions():
             random = torch.get_rng_state()
             show(inputs, target)
             torch.set_rng_state(random)
         with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
             outcome: Outcome | bool | None = self._step.take_proven(inputs, target, clip_norm)
         if outcome is None:
-            self.why_not = "the optimizer has settings that the native update does not vouch for"
+            self.why_not = "a gradient hook, or settings that the native step does not vouch for"
         return outcome
 
-    def _native(self, network: Whole, spec: LossSpec, entries: list[Entry]) -> Any:
+    def _native(self, network: Network, spec: LossSpec, entries: list[Entry]) -> Any:
         assert isinstance(self.model, MLP)
-        slopes: list[Tensor | None] = [*network.slope] if isinstance(network.slope, list) else []
-        slopes += [None] * (len(network.weights) - len(slopes))
-        loss = [self.loss] if isinstance(self.loss, nn.Module) else []
-        kept = [(layer.__dict__, name) for layer in self.model.layers for name in ("activation", "slope")]
-        kept += [(one.__dict__, name) for one in loss for name in _LOSS_SETTINGS if name in one.__dict__]
-        kept += [(one._buffers, name) for one in loss for name in one._buffers]
+        watched = Watched()
+        watched.add_model(self.model)
+        if isinstance(self.loss, nn.Module):
+            watched.add(self.loss, _LOSS_SETTINGS)
+        elif isinstance(self.loss, partial):
+            watched.entries += [(self.loss.keywords, name) for name in self.loss.keywords]
         return _C.MlpStep(
-            self.model,
-            list(zip(self.model.layers, network.weights, network.biases, slopes)),
-            self.optimizer,
-            _GLOBAL_HOOKS,
-            self.precision == "bf16",
-            spec.kind,
-            spec.reduction == "mean",
-            spec.delta,
-            spec.label_smoothing,
-            spec.ignore_index,
-            spec.weight,
-            _NAMES[type(self.optimizer)],
-            network.activation,
-            network.slope if isinstance(network.slope, float) else 0.0,
-            entries,
-            loss,
-            [(entry, name) for entry, name in kept if name in entry],
+            layers=[(one.weight, one.bias, one.slope, one.norm) for one in network.layers],
+            optimizer=self.optimizer,
+            states=entries,
+            modules=watched.modules,
+            dicts=watched.dicts,
+            entries=watched.entries,
+            rates=watched.rates,
+            hooks=_GLOBAL_HOOKS,
+            drawing=None if self.model.blocks else vars(self.model),
+            bfloat16=self.precision == "bf16",
+            activation=network.activation,
+            negative_slope=network.negative_slope,
+            loss=spec.kind,
+            mean=spec.reduction == "mean",
+            delta=spec.delta,
+            label_smoothing=spec.label_smoothing,
+            ignore_index=spec.ignore_index,
+            class_weights=spec.weight,
+            kind=_NAMES[type(self.optimizer)],
         )
 
 
@@ -140,8 +146,8 @@ def _never(
     model: nn.Module, loss: object, optimizer: torch.optim.Optimizer, precision: str, accumulate: int
 ) -> str | None:
     """Why no step of these parts can go the native way; None if some can."""
-    if type(model) is not MLP or model.norm is not None:
-        return "the model is not an nn.MLP without a norm"
+    if type(model) is not MLP:
+        return "the model is not an nn.MLP"
     if describe(loss) is None and not isinstance(loss, nn.Module):
         return "the loss is not a known one"
     if type(optimizer) not in _NAMES:
@@ -155,7 +161,7 @@ def _never(
 
 def _not_now(
     model: MLP,
-    network: Whole | None,
+    network: Network | None,
     optimizer: torch.optim.Optimizer,
     inputs: Any,
     target: Any,
@@ -164,41 +170,84 @@ def _not_now(
     """Why this step cannot go the native way; None if it can."""
     if network is None or _changed(model):
         return "a hook, a replaced layer or autocast changes the model"
-    if spec is None or spec.pos_weight is not None or (spec.weight is not None and not _weights_classes(spec)):
+    if _strangers():
+        return "somebody changes or watches all modules, operations or optimizers"
+    if not network.fits():
+        return "the model's layers do not fit each other, or are too many"
+    if not _nothing_else(model, network, optimizer):
+        return "the model has buffers, or the optimizer parameters, of their own"
+    if spec is None or not _known(spec):
         return "the loss has hooks, or settings that the native step does not know"
     if not isinstance(inputs, Tensor) or not isinstance(target, Tensor):
         return "inputs or target are not tensors"
     for tensor in (inputs, target):
-        if tensor.device.type != "cpu" or tensor.requires_grad or type(tensor) is not Tensor:
+        if tensor.device.type != "cpu" or tensor.requires_grad or type(tensor) is not Tensor or _unusual(tensor):
             return "inputs or target are not plain tensors on the CPU"
-    rows, outputs = inputs.shape[0] if inputs.dim() else 0, network.weights[-1].shape[0]
-    if inputs.dtype != torch.float32 or inputs.dim() != 2 or inputs.shape[1] != network.weights[0].shape[1] or not rows:
+    rows, outputs = inputs.shape[0] if inputs.dim() else 0, network.layers[-1].weight.shape[0]
+    if (
+        inputs.dtype != torch.float32
+        or inputs.dim() != 2
+        or inputs.shape[1] != network.layers[0].weight.shape[1]
+        or not rows
+    ):
         return "the inputs are not float32 rows of in_features"
+    if rows == 1 and any(one.norm is not None and one.norm[:4:3] == ("batch", False) for one in network.layers):
+        return "batch norm has no deviation over one row"
     if spec.weight is not None and spec.weight.numel() != outputs:
         return "the loss has another number of class weights than the model has outputs"
     wanted = (torch.int64, (rows,)) if spec.kind == "cross_entropy" else (torch.float32, (rows, outputs))
     if (target.dtype, tuple(target.shape)) != wanted:
         return f"the target is not {wanted[0]} of shape {wanted[1]}"
-    if _foreign_optimizer_hooks():
-        return "every optimizer of the process has hooks"
+    own_step = vars(optimizer).get("step")
+    if own_step is not None and not getattr(own_step, "_wrapped_by_lr_sched", False):
+        return "the optimizer has a step of its own"
     if not bounds.provable(optimizer) or any(group.get(name) for group in optimizer.param_groups for name in _UNUSUAL):
         return "the optimizer has hooks or settings that the native update does not vouch for"
     return None
 
 
-def _foreign_optimizer_hooks() -> bool:
-    """Hooks on every optimizer that are not a tracer's, which is told of native steps by an announcement."""
-    every = (optimizer_hooks._global_optimizer_pre_hooks, optimizer_hooks._global_optimizer_post_hooks)
-    modules = (getattr(hook, "__module__", None) or "" for hooks in every for hook in hooks.values())
+def _strangers() -> bool:
+    """Whether hooks or modes are in force that are not a tracer's of this package, which asks for no change."""
+    hooks = [hook for every in _GLOBAL_HOOKS for hook in every.values()]
+    modes = [type(mode) for mode in (*_get_current_dispatch_mode_stack(), *_function_modes())]
+    modules = (getattr(one, "__module__", None) or "" for one in (*hooks, *modes) if one is not DeviceContext)
     return any(not module.startswith("mlpkit.") for module in modules)
+
+
+def _watching_functions() -> bool:
+    return any(type(mode) is not DeviceContext for mode in _function_modes())
+
+
+def _function_modes() -> list[object]:
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+def _nothing_else(model: MLP, network: Network, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the general way would look at nothing but the network: no other buffer, no other parameter."""
+    known = {id(tensor) for tensor in (*network.parameters(), *network.buffers())}
+    held = (*model.buffers(), *(parameter for group in optimizer.param_groups for parameter in group["params"]))
+    return all(id(tensor) in known for tensor in held)
+
+
+def _known(spec: LossSpec) -> bool:
+    if spec.pos_weight is not None or not spec.delta > 0 or not 0 <= spec.label_smoothing <= 1:
+        return False
+    return spec.weight is None or _weights_classes(spec)
 
 
 def _weights_classes(spec: LossSpec) -> bool:
     weight = spec.weight
-    return spec.kind == "cross_entropy" and weight is not None and _usable(weight, weight) and weight.dim() == 1
+    plain = weight is not None and _usable(weight, weight) and weight.dim() == 1 and not weight.requires_grad
+    return spec.kind == "cross_entropy" and plain
+
+
+def _unusual(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.is_neg() or tensor._is_zerotensor()
 
 
 def _changed(model: MLP) -> bool:
+    if type(model) is not MLP:
+        return True
     hooked = model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks
     return bool(hooked or "forward" in vars(model) or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled())
 
@@ -213,13 +262,13 @@ class Entry(NamedTuple):
     step: str | None
 
 
-def _entries(network: Whole, optimizer: torch.optim.Optimizer) -> list[Entry] | str:
+def _entries(network: Network, optimizer: torch.optim.Optimizer) -> list[Entry] | str:
     """State of every parameter as the native update takes it; a reason where a parameter has none yet or is unusual."""
     kind = _NAMES[type(optimizer)]
     groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     found: list[Entry] = []
     seen: set[int] = set()
-    for parameter in _in_order(network):
+    for parameter in network.parameters():
         group = groups.get(id(parameter))
         if group is None or not parameter.requires_grad or not _usable(parameter, parameter):
             return "a parameter is frozen, not contiguous float32 on the CPU, or not the optimizer's"
@@ -242,16 +291,6 @@ def _entries(network: Whole, optimizer: torch.optim.Optimizer) -> list[Entry] | 
     return found
 
 
-def _in_order(network: Whole) -> list[Tensor]:
-    """Weight, bias and slope of each layer, absent ones left out."""
-    slopes = network.slope if isinstance(network.slope, list) else []
-    found: list[Tensor] = []
-    for index, (weight, bias) in enumerate(zip(network.weights, network.biases)):
-        found += [weight] if bias is None else [weight, bias]
-        found += slopes[index : index + 1]
-    return found
-
-
 def _usable(state: Any, parameter: Tensor) -> bool:
     return (
         isinstance(state, Tensor)
@@ -259,4 +298,6 @@ def _usable(state: Any, parameter: Tensor) -> bool:
         and state.shape == parameter.shape
         and state.is_contiguous()
         and state.device.type == "cpu"
+        and not state.is_inference()
+        and not _unusual(state)
     )

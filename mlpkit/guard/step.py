@@ -60,7 +60,7 @@ class TrainStep:
         self._device = checks.check_parts(model, optimizer, scheduler, precision)
         self._reads_are_free = self._device.type == "cpu"
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.precision, self.clip_norm, self.accumulate = precision, clip_norm, accumulate
+        self._precision, self.clip_norm, self._accumulate = precision, clip_norm, accumulate
         self.on_nonfinite = on_nonfinite
         self.records: list[SkipRecord] = []
         self.steps = 0  # taken and skipped
@@ -83,6 +83,16 @@ class TrainStep:
     def path_reason(self) -> str | None:
         """Why the last step went the general way; None where it was native."""
         return self._native.why_not
+
+    @property
+    def precision(self) -> str:
+        """As given: ``"fp32"``, ``"fp16"`` or ``"bf16"``."""
+        return self._precision
+
+    @property
+    def accumulate(self) -> int:
+        """As given: how many calls make one step."""
+        return self._accumulate
 
     @property
     def scale(self) -> float:
@@ -128,7 +138,9 @@ class TrainStep:
     def _show(self, inputs: Any, target: Any) -> None:
         try:
             assert self._loss is not None
-            self._loss(call(self.model, inputs), target).backward()  # type: ignore[no-untyped-call]
+            with self._autocast():
+                loss = self._loss(call(self.model, inputs), target)
+            loss.backward()  # type: ignore[no-untyped-call]
         finally:
             self._clear_gradients()
 
@@ -137,6 +149,8 @@ class TrainStep:
         step = self.steps
         self.steps += 1
         if self.scheduler is not None:
+            # What a scheduler looks at to warn those who step it before the optimizer.
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
             self.scheduler.step()
         if listened_to():
             saved = len(parameters_of(self.optimizer))

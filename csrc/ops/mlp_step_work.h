@@ -1,0 +1,106 @@
+// What the parts of mlp_step share: its memory and its plan (ops).
+#pragma once
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/mlp_step.h"
+#include "ops/mlp_step.h"
+
+namespace mlpkit {
+
+// Floats, 64-byte aligned, that stay where they are until more are wanted.
+class AlignedMemory {
+ public:
+  float* at_least(int64_t floats) {
+    if (floats > size_) {
+      memory_.reset();  // first, so that there is never twice as much, and nothing is left of what is too small
+      size_ = 0;
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+      TORCH_CHECK(memory_, "mlp_step: no memory for ", floats, " floats of workspace");
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
+
+// The kernels for a dtype here.
+struct MlpStepKernels {
+  int64_t per_lane;
+  void (*weights)(const StepWeights&);  // nullptr where the weight itself is multiplied
+  void (*panel)(const StepPanel&);
+  void (*gradient)(const StepGradient&);
+  int64_t lanes(int64_t numbers) const { return (numbers + per_lane - 1) / per_lane; }
+};
+
+struct MlpStepParameter {
+  at::Tensor value;
+  MlpStepState state;
+  float* gradient;
+};
+
+struct NormWork {                                     // of a layer with a norm
+  std::vector<double> moments;                        // [panels, 2, out], as StepNorm's
+  std::vector<float> mean, inverse, mean_g, mean_gx;  // [out]
+  std::vector<float> sums;                            // [panels, 2, out]
+  std::vector<float> next_mean, next_variance;        // [out]: the running averages after this step, if it is taken
+  float *dweight = nullptr, *dbias = nullptr;         // gradients
+};
+
+inline float* data(const at::Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+inline float* data_or_null(const std::optional<at::Tensor>& tensor) { return tensor ? data(*tensor) : nullptr; }
+
+struct MlpStep::Work {
+  std::vector<MlpStepLayer> tensors;
+  Dtype dtype;
+  Activation activation;
+  float negative_slope;
+  MlpStepLoss loss;
+  Optimizer optimizer;
+  std::vector<MlpStepParameter> parameters;
+  MlpStepKernels kernels;
+
+  std::vector<StepLayer> layers;
+  std::vector<double> values, squares;  // the loss of each panel; squares of each piece of gradient
+  std::vector<StepGradient> pieces;
+  AlignedMemory gradients, weights, activations, scratch, rows_memory;
+  int64_t rows = 0;
+  double loss_scale = 1.0;
+
+  std::vector<NormWork> norms;  // one a layer
+  std::vector<float*> dslopes;  // likewise, nullptr without one
+
+  void lay_out();
+  void set_weights();
+  void set_rows(int64_t count, const std::vector<double>& p, int64_t seed, int64_t offset);
+  std::optional<StepLoss> loss_of(const at::Tensor& target);
+  double flops() const;
+  int64_t scratch_floats() const {
+    return (step_scratch(layers.data(), static_cast<int64_t>(layers.size())) + 15) / 16 * 16;
+  }
+  void set_norms();
+  void run_panels(const float* x, const StepLoss& loss, int64_t from, int64_t until, float* memory, bool by_panel);
+  void combine_moments(size_t layer);
+  void combine_sums(size_t layer);
+  double norm_gradients(size_t layer);
+  bool averages_bounded() const;
+  void move_averages();
+  double forward_and_backward(const float* x, const StepLoss& loss);
+  double gradient_norm();
+  double slope_gradients(size_t layer);
+  bool bounded();
+  void update(double scale, const std::vector<MlpStepGroup>& groups);
+};
+
+}  // namespace mlpkit
