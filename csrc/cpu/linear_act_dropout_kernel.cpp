@@ -6,69 +6,12 @@
 
 #include "cpu/mask_tile.h"
 #include "cpu/simd.h"
+#include "cpu/tile_row.h"
 
 MLPKIT_BEGIN_ISA
 namespace {
 
-constexpr int kTile = kMaskTile;
 constexpr unsigned kAllKept = 0xffffu;
-
-// Calls body(T{}, C{}) with the storage and the compute type of a dtype.
-template <class Body>
-MLPKIT_HD void visit_dtype(Dtype dtype, Body&& body) {
-  switch (dtype) {
-    case Dtype::float64:
-      return body(double{}, double{});
-    case Dtype::float32:
-      return body(float{}, float{});
-    case Dtype::bfloat16:
-      return body(BFloat16{}, float{});
-    case Dtype::float16:
-      return body(Half{}, float{});
-  }
-}
-
-template <class T>
-MLPKIT_HD T* at(void* base, int64_t index) {
-  return static_cast<T*>(base) + index;
-}
-template <class T>
-MLPKIT_HD const T* at(const void* base, int64_t index) {
-  return static_cast<const T*>(base) + index;
-}
-
-// Sixteen elements of a row: as many vectors as that takes.
-template <class C>
-struct Row {
-  using V = typename Wide<C>::type;
-  static constexpr int lanes = Wide<C>::lanes, count = kTile / lanes;
-  V v[count];
-
-  // The first n elements from memory, the rest zero, so that ragged edges read nothing that is not theirs.
-  template <class T>
-  MLPKIT_HD void read(const T* from, int n) {
-    if (n == kTile) {
-      for (int i = 0; i < count; ++i) load(from + i * lanes, v[i]);
-    } else {
-      T padded[kTile] = {};
-      __builtin_memcpy(padded, from, n * sizeof(T));
-      for (int i = 0; i < count; ++i) load(padded + i * lanes, v[i]);
-    }
-  }
-  template <class T>
-  MLPKIT_HD void write(T* to, int n) const {
-    if (n == kTile) {
-      for (int i = 0; i < count; ++i) store(to + i * lanes, v[i]);
-    } else {
-      T padded[kTile];
-      for (int i = 0; i < count; ++i) store(padded + i * lanes, v[i]);
-      __builtin_memcpy(to, padded, n * sizeof(T));
-    }
-  }
-  MLPKIT_HD void fill(C value) {
-    for (int i = 0; i < count; ++i) v[i] = V{} + value;
-  }
-};
 
 // The largest finite value of a storage type.
 template <class T>
@@ -112,11 +55,10 @@ template <class Body>
 MLPKIT_HD void each_tile(const Region& region, Body&& body) {
   const int64_t col_tiles = mask_tiles(region.total_cols);
   const int64_t end_row = region.row + region.rows, end_col = region.col + region.cols;
-  for (int64_t row = region.row; row < end_row; row += kTile)
-    for (int64_t col = region.col; col < end_col; col += kTile)
-      body(Tile{row / kTile * col_tiles + col / kTile, row, col,
-                static_cast<int>(end_row - row < kTile ? end_row - row : kTile),
-                static_cast<int>(end_col - col < kTile ? end_col - col : kTile)});
+  for (int64_t row = region.row; row < end_row; row += kMaskTile)
+    for (int64_t col = region.col; col < end_col; col += kMaskTile)
+      body(Tile{row / kMaskTile * col_tiles + col / kMaskTile, row, col, tile_extent(end_row - row),
+                tile_extent(end_col - col)});
 }
 
 template <class A, class T, class C>
@@ -128,21 +70,17 @@ void forward(const ActDropoutForward& args) {
   const C scale = static_cast<C>(args.dropout.scale);
   MaskTile mask;
   each_tile(args.region, [&](const Tile& tile) __attribute__((always_inline)) {
-    Row<C> bias, slope, product, y, z, saved;
-    bias.fill(0);
-    if (args.bias) bias.read(at<C>(args.bias, tile.col), tile.cols);
-    if (args.slope)
-      slope.read(at<C>(args.slope, tile.col), tile.cols);
-    else
-      slope.fill(static_cast<C>(args.negative_slope));
+    TileRow<C> bias, slope, product, y, z, saved;
+    bias.read_or_fill(args.bias, tile.col, tile.cols, C(0));
+    slope.read_or_fill(args.slope, tile.col, tile.cols, static_cast<C>(args.negative_slope));
     if (draws) mask.fill(args.dropout, tile.number);
     for (int r = 0; r < tile.rows; ++r) {
       product.read(
-          at<C>(args.product, (tile.row + r - args.region.row) * args.product_stride + tile.col - args.region.col),
+          element<C>(args.product, (tile.row + r - args.region.row) * args.product_stride + tile.col - args.region.col),
           tile.cols);
       const unsigned keep = draws ? mask.keep(r, threshold) : threshold ? 0u : kAllKept;
       unsigned live = 0, positive = 0;
-      for (int i = 0; i < Row<C>::count; ++i) {
+      for (int i = 0; i < TileRow<C>::count; ++i) {
         z.v[i] = args.bias ? product.v[i] + bias.v[i] : product.v[i];
         V kept;
         select_lanes(keep >> (i * lanes), V{} + scale, V{}, kept);
@@ -153,28 +91,28 @@ void forward(const ActDropoutForward& args) {
           positive |= lane_mask(z.v[i] > 0) << (i * lanes);
         }
       }
-      const int64_t element = (tile.row + r) * args.region.total_cols + tile.col;
-      y.write(at<T>(args.y, element), tile.cols);
+      const int64_t index = (tile.row + r) * args.region.total_cols + tile.col;
+      y.write(element<T>(args.y, index), tile.cols);
       if (args.saved) {
-        for (int i = 0; i < Row<C>::count; ++i) saved.v[i] = worth_saving<A, T>(z.v[i], slope.v[i]);
-        saved.write(at<Saved<A, T>>(args.saved, element), tile.cols);
+        for (int i = 0; i < TileRow<C>::count; ++i) saved.v[i] = worth_saving<A, T>(z.v[i], slope.v[i]);
+        saved.write(element<Saved<A, T>>(args.saved, index), tile.cols);
       }
       const bool sign_is_slope = args.activation == Activation::relu;
-      if (args.keep) args.keep[tile.number * kTile + r] = static_cast<uint16_t>(sign_is_slope ? keep & live : keep);
-      if (args.positive) args.positive[tile.number * kTile + r] = static_cast<uint16_t>(positive);
+      if (args.keep) args.keep[tile.number * kMaskTile + r] = static_cast<uint16_t>(sign_is_slope ? keep & live : keep);
+      if (args.positive) args.positive[tile.number * kMaskTile + r] = static_cast<uint16_t>(positive);
     }
   });
 }
 
 template <class T, class C>
-MLPKIT_HD void write_dz(const ActDropoutBackward& args, const Tile& tile, int r, const Row<C>& dz) {
+MLPKIT_HD void write_dz(const ActDropoutBackward& args, const Tile& tile, int r, const TileRow<C>& dz) {
   const int64_t row = tile.row + r - args.region.row, col = tile.col - args.region.col;
   if constexpr (__is_same(T, BFloat16)) {
     if (args.dz.down) {
-      BFloat16* to = at<BFloat16>(args.dz.data, row * args.dz.stride + col);
-      dz.write(to, kTile);
+      BFloat16* to = element<BFloat16>(args.dz.data, row * args.dz.stride + col);
+      dz.write(to, kMaskTile);
       uint32_t* down = args.dz.down + row / 2 * args.dz.down_stride + col;
-      for (int i = 0; i < kTile; i += kLanes) {
+      for (int i = 0; i < kMaskTile; i += kLanes) {
         // An even row leaves zeros for its partner, which the last row of an odd number never gets.
         UintVec pair = __builtin_convertvector(load_bits<ShortVec>(to + i), UintVec);
         if (row % 2) pair = load_bits<UintVec>(down + i) | pair << 16;
@@ -183,7 +121,7 @@ MLPKIT_HD void write_dz(const ActDropoutBackward& args, const Tile& tile, int r,
       return;
     }
   }
-  dz.write(at<C>(args.dz.data, row * args.dz.stride + col), kTile);
+  dz.write(element<C>(args.dz.data, row * args.dz.stride + col), kMaskTile);
 }
 
 template <class A, class T, class C>
@@ -192,20 +130,17 @@ void backward(const ActDropoutBackward& args) {
   constexpr int lanes = Wide<C>::lanes;
   const C scale = static_cast<C>(args.dropout.scale);
   each_tile(args.region, [&](const Tile& tile) __attribute__((always_inline)) {
-    Row<C> slope, dy, saved, dz, dbias, dslope;
-    if (args.slope)
-      slope.read(at<C>(args.slope, tile.col), tile.cols);
-    else
-      slope.fill(static_cast<C>(args.negative_slope));
+    TileRow<C> slope, dy, saved, dz, dbias, dslope;
+    slope.read_or_fill(args.slope, tile.col, tile.cols, static_cast<C>(args.negative_slope));
     dbias.fill(0);
     dslope.fill(0);
     for (int r = 0; r < tile.rows; ++r) {
-      const int64_t element = (tile.row + r) * args.region.total_cols + tile.col;
-      dy.read(at<T>(args.dy, element), tile.cols);
-      if (A::needs == Needs::preactivation) saved.read(at<Saved<A, T>>(args.saved, element), tile.cols);
-      const unsigned keep = args.keep ? args.keep[tile.number * kTile + r] : kAllKept;
-      const unsigned positive = args.positive ? args.positive[tile.number * kTile + r] : 0;
-      for (int i = 0; i < Row<C>::count; ++i) {
+      const int64_t index = (tile.row + r) * args.region.total_cols + tile.col;
+      dy.read(element<T>(args.dy, index), tile.cols);
+      if (A::needs == Needs::preactivation) saved.read(element<Saved<A, T>>(args.saved, index), tile.cols);
+      const unsigned keep = args.keep ? args.keep[tile.number * kMaskTile + r] : kAllKept;
+      const unsigned positive = args.positive ? args.positive[tile.number * kMaskTile + r] : 0;
+      for (int i = 0; i < TileRow<C>::count; ++i) {
         V factor;
         select_lanes(keep >> (i * lanes), V{} + scale, V{}, factor);
         if (A::needs == Needs::preactivation) {
@@ -225,12 +160,12 @@ void backward(const ActDropoutBackward& args) {
       }
       write_dz<T, C>(args, tile, r, dz);
     }
-    const auto add = [&](void* sums, const Row<C>& part) __attribute__((always_inline)) {
+    const auto add = [&](void* sums, const TileRow<C>& part) __attribute__((always_inline)) {
       if (!sums) return;
-      Row<C> sum;
-      sum.read(at<C>(sums, tile.col), tile.cols);
-      for (int i = 0; i < Row<C>::count; ++i) sum.v[i] += part.v[i];
-      sum.write(at<C>(sums, tile.col), tile.cols);
+      TileRow<C> sum;
+      sum.read(element<C>(sums, tile.col), tile.cols);
+      sum.add(part);
+      sum.write(element<C>(sums, tile.col), tile.cols);
     };
     add(args.dbias, dbias);
     add(args.dslope, dslope);
@@ -260,13 +195,13 @@ void convert_elements(const Convert& args) {
 }  // namespace
 
 void act_dropout_forward(const ActDropoutForward& args) {
-  visit_dtype(args.dtype, [&]<class T, class C>(T, C) {
+  visit_storage(args.dtype, [&]<class T, class C>(T, C) {
     visit_activation(args.activation, [&]<class A>(A) { forward<A, T, C>(args); });
   });
 }
 
 void act_dropout_backward(const ActDropoutBackward& args) {
-  visit_dtype(args.dtype, [&]<class T, class C>(T, C) {
+  visit_storage(args.dtype, [&]<class T, class C>(T, C) {
     visit_activation(args.activation, [&]<class A>(A) { backward<A, T, C>(args); });
   });
 }

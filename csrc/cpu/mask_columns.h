@@ -2,6 +2,7 @@
 // core/dropout_mask.h (cpu).
 #pragma once
 #include "core/dropout_mask.h"
+#include "cpu/philox_lanes.h"
 #include "cpu/simd.h"
 
 MLPKIT_BEGIN_ISA
@@ -19,28 +20,17 @@ class MaskColumns {
  public:
   // The 32 Philox calls of a tile, in the order (column pair, row mod 8), so that the words of a column are neighbours.
   MLPKIT_HD void fill(const Dropout& dropout, uint64_t tile) {
-    constexpr int lanes = kLanes / 2;
-    for (int first = 0; first < kMaskLanes; first += lanes) {
-      LongVec lane;
-      for (int i = 0; i < lanes; ++i) lane[i] = ((first + i) & 7) * 4 + (first + i) / 8;
-      LongVec c0 = LongVec{} + static_cast<uint32_t>(tile), c1 = lane | (static_cast<uint32_t>(tile >> 32) << 5);
-      LongVec c2 = LongVec{} + dropout.offset, c3 = LongVec{} + dropout.stream;
-      uint32_t key0 = static_cast<uint32_t>(dropout.seed), key1 = static_cast<uint32_t>(dropout.seed >> 32);
-#pragma GCC unroll 10
-      for (int round = 0; round < kPhiloxRounds; ++round) {
-        const LongVec product0 = multiply_low(c0, kPhiloxMultiplier0), product1 = multiply_low(c2, kPhiloxMultiplier1);
-        c0 = (product1 >> 32) ^ c1 ^ key0;
-        c2 = (product0 >> 32) ^ c3 ^ key1;
-        c1 = product1;
-        c3 = product0;
-        key0 += kPhiloxWeyl0;
-        key1 += kPhiloxWeyl1;
+    const PhiloxTile philox(dropout, tile);
+    for (int first = 0; first < kMaskLanes; first += kPhiloxVectors * kPhiloxLanes) {
+      LongVec lane[kPhiloxVectors], words[4][kPhiloxVectors];
+      for (int i = 0; i < kPhiloxVectors * kPhiloxLanes; ++i)
+        lane[i / kPhiloxLanes][i % kPhiloxLanes] = ((first + i) & 7) * 4 + (first + i) / 8;
+      philox.words(lane, words);
+      for (int i = 0; i < kPhiloxVectors; ++i) {
+        const int pair = (first + i * kPhiloxLanes) / 8, row = (first + i * kPhiloxLanes) % 8;
+        for (int word = 0; word < 4; ++word)
+          store_low_halves(&words_[word / 2][pair][row + word % 2 * 8], words[word][i]);
       }
-      const int pair = first / 8, row = first % 8;
-      put(&words_[0][pair][row], c0);
-      put(&words_[0][pair][row + 8], c1);
-      put(&words_[1][pair][row], c2);
-      put(&words_[1][pair][row + 8], c3);
     }
   }
 
@@ -56,11 +46,6 @@ class MaskColumns {
   }
 
  private:
-  MLPKIT_HD static void put(uint32_t* to, LongVec lanes) {
-    typedef uint32_t Narrow __attribute__((vector_size(kLanes * 2)));
-    store_bits(to, __builtin_convertvector(lanes, Narrow));
-  }
-
   alignas(64) uint32_t words_[2][4][kMaskTile];  // half of the columns, pair of columns, row
 };
 

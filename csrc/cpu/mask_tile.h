@@ -1,36 +1,22 @@
 // The dropout mask of one 16x16 tile, computed on whole vectors; bit for bit the contract of core/dropout_mask.h (cpu).
 #pragma once
 #include "core/dropout_mask.h"
+#include "cpu/philox_lanes.h"
 #include "cpu/simd.h"
 
 MLPKIT_BEGIN_ISA
 
 class MaskTile {
  public:
-  // All 32 Philox calls of a tile, half a vector of lanes at a time: every 64-bit lane carries one 32-bit word, whose
-  // upper half may hold anything, because the multiplication reads the lower half only.
   MLPKIT_HD void fill(const Dropout& dropout, uint64_t tile) {
-    constexpr int lanes = kLanes / 2;
-    for (int first = 0; first < kMaskLanes; first += lanes) {
-      LongVec lane;
-      for (int i = 0; i < lanes; ++i) lane[i] = first + i;
-      LongVec c0 = LongVec{} + static_cast<uint32_t>(tile), c1 = lane | (static_cast<uint32_t>(tile >> 32) << 5);
-      LongVec c2 = LongVec{} + dropout.offset, c3 = LongVec{} + dropout.stream;
-      uint32_t key0 = static_cast<uint32_t>(dropout.seed), key1 = static_cast<uint32_t>(dropout.seed >> 32);
-#pragma GCC unroll 10
-      for (int round = 0; round < kPhiloxRounds; ++round) {
-        const LongVec product0 = multiply_low(c0, kPhiloxMultiplier0), product1 = multiply_low(c2, kPhiloxMultiplier1);
-        c0 = (product1 >> 32) ^ c1 ^ key0;
-        c2 = (product0 >> 32) ^ c3 ^ key1;
-        c1 = product1;
-        c3 = product0;
-        key0 += kPhiloxWeyl0;
-        key1 += kPhiloxWeyl1;
-      }
-      put(0, first, c0);
-      put(1, first, c1);
-      put(2, first, c2);
-      put(3, first, c3);
+    const PhiloxTile philox(dropout, tile);
+    for (int first = 0; first < kMaskLanes; first += kPhiloxVectors * kPhiloxLanes) {
+      LongVec lane[kPhiloxVectors], words[4][kPhiloxVectors];
+      for (int i = 0; i < kPhiloxVectors * kPhiloxLanes; ++i) lane[i / kPhiloxLanes][i % kPhiloxLanes] = first + i;
+      philox.words(lane, words);
+      for (int word = 0; word < 4; ++word)
+        for (int i = 0; i < kPhiloxVectors; i += 2)
+          store_low_halves(&words_[word][first + i * kPhiloxLanes], words[word][i], words[word][i + 1]);
     }
   }
 
@@ -62,11 +48,6 @@ class MaskTile {
   }
 
  private:
-  MLPKIT_HD void put(int word, int first, LongVec lanes) {
-    typedef uint32_t Narrow __attribute__((vector_size(kLanes * 2)));
-    store_bits(&words_[word][first], __builtin_convertvector(lanes, Narrow));
-  }
-
   alignas(64) uint32_t words_[4][kMaskLanes];
 };
 
