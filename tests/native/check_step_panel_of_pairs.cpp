@@ -1,5 +1,5 @@
 // step_panel_of_pairs, for AVX-512 with bf16 alone (tests).
-#include "step_judge.h"
+#include "step_norm_cases.h"
 
 namespace {
 
@@ -10,6 +10,8 @@ void step_panel_of_pairs(Report& report) {
 #if defined(__x86_64__)
   Draw draw(54);
   check_steps(kPairs, mlpkit::isa_avx512_bf16::step_panel_of_pairs, draw, report);
+  check_norms(kPairs, mlpkit::isa_avx512_bf16::step_panel_of_pairs, draw, report);
+  check_ignored(kPairs, mlpkit::isa_avx512_bf16::step_panel_of_pairs, draw, report);
 #endif
 }
 

@@ -3,55 +3,95 @@
 #pragma once
 #include "activations.h"
 #include "step_net.h"
+#include "step_norm_judge.h"
 
 namespace native {
 
 class Step {
-  using Table = std::vector<Bounded>;  // [rows, columns]
-
  public:
   Step(const NetCase& net, Draw& draw)
-      : net_(net), loss_(net_, draw), values_(Dtype::float64, panels_of(net.rows), draw), backwards_(draw.coin()) {
+      : net_(net),
+        loss_(net_, draw),
+        values_(Dtype::float64, panels_of(net.rows), draw),
+        backwards_(draw.coin()),
+        every_segment_(draw.coin()),
+        says_until_(draw.coin()) {
     for (size_t i = 0; i + 1 < net.widths.size(); ++i) layers_.emplace_back(net_, i, draw);
   }
 
-  // In either order: a panel that wrote into its neighbour's memory would spoil what is already there.
+  // A batch norm of the batch stops all panels, until all know its moments and again until all know its sums; other
+  // stops change nothing.
   void run(void (*kernel)(const mlpkit::StepPanel&)) {
     std::vector<mlpkit::StepLayer> layers;
     for (NetLayer& layer : layers_) layers.push_back(layer.args());
-    const int64_t count = static_cast<int64_t>(layers.size()), panels = panels_of(net_.rows);
-    StepScratch scratch(mlpkit::step_scratch(layers.data(), count));
+    const int64_t count = static_cast<int64_t>(layers.size());
+    std::deque<StepScratch> scratch;
+    for (int64_t i = 0; i < panels_of(net_.rows); ++i) scratch.emplace_back(mlpkit::step_scratch(layers.data(), count));
+    mlpkit::StepPanel args{};
+    args.layers = layers.data();
+    args.count = count;
+    for (int64_t segment = 0; segment < 2 * count; ++segment) {
+      const bool last = segment + 1 == 2 * count, forward = segment < count;
+      NetNorm* norm = last ? nullptr : &layers_[static_cast<size_t>(forward ? segment : 2 * count - 2 - segment)].norm;
+      if (norm && !norm->net.stops() && !every_segment_) continue;
+      args.until = last && !says_until_ ? 0 : segment + 1;
+      run_panels(kernel, args, scratch);
+      args.from = segment + 1;
+      if (norm && norm->net.stops()) forward ? norm->combine_moments() : norm->combine_sums();
+    }
+  }
+
+  // A row does not count, and its first number is `bad`.
+  void ignore(int64_t row, Real bad) {
+    loss_.ignore(row);
+    loss_.x.set(row * layers_.front().in, bad);
+  }
+  void compare_ignored(int64_t ignored, Report& report) const {
+    for (const NetLayer& layer : layers_)
+      for (int64_t row = 0; row < panels_of(net_.rows) * kPanel; ++row)
+        for (int64_t col = 0; col < layer.out; ++col) {
+          const Real dz = layer.slope_by_z(row, col);
+          if (row == ignored)
+            report.that("an ignored row that is no number", row, std::isnan(dz));
+          else
+            report.that("a neighbour of an ignored row", row, row < net_.rows ? std::isfinite(dz) : dz == 0);
+        }
+    for (int64_t i = 0; i < values_.count(); ++i)
+      report.that("loss without an ignored row", i, std::isfinite(values_.get(i)));
+  }
+
+  void compare(Report& report) const {
+    compare_x(report);
+    std::vector<NormJudge> norms;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      compare_zeros(layers_[i], i == 0, report);
+      norms.emplace_back(layers_[i].norm, preactivations(layers_[i]));
+      norms[i].compare_moments(report);
+      if (i + 1 < layers_.size()) compare_outputs(layers_[i], norms[i].u(), layers_[i + 1], report);
+    }
+    if (loss_.entropy())
+      compare_entropy(norms.back().u(), report);
+    else
+      compare_loss(norms.back().u(), report);
+    for (size_t i = 0; i + 1 < layers_.size(); ++i) compare_backward(layers_[i], norms[i], layers_[i + 1], report);
+  }
+
+ private:
+  // In either order: a panel that wrote into its neighbour's memory would spoil what is already there.
+  void run_panels(void (*kernel)(const mlpkit::StepPanel&), mlpkit::StepPanel args, std::deque<StepScratch>& scratch) {
+    const int64_t panels = panels_of(net_.rows);
     for (int64_t i = 0; i < panels; ++i) {
-      mlpkit::StepPanel args{};
       args.dtype = net_.format.dtype;
-      args.layers = layers.data();
-      args.count = count;
       args.rows = net_.rows;
       args.panel = backwards_ ? panels - 1 - i : i;
       args.x = static_cast<const float*>(loss_.x.data());
       args.loss = loss_.args();
-      args.scratch = scratch.poisoned();
+      args.scratch = scratch[static_cast<size_t>(args.panel)].data();
       args.value = static_cast<double*>(values_.data()) + args.panel;
       kernel(args);
     }
   }
 
-  void compare(Report& report) const {
-    compare_x(report);
-    std::vector<Table> z;
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      compare_zeros(layers_[i], i == 0, report);
-      z.push_back(preactivations(layers_[i]));
-      if (i + 1 < layers_.size()) compare_outputs(layers_[i], z[i], layers_[i + 1], report);
-    }
-    if (loss_.entropy())
-      compare_entropy(z.back(), report);
-    else
-      compare_loss(z.back(), report);
-    for (size_t i = 0; i + 1 < layers_.size(); ++i) compare_backward(layers_[i], z[i], layers_[i + 1], report);
-  }
-
- private:
   // Of what is rounded as it is stored. Without the rounding it would be within the bound as well.
   void near(const char* what, int64_t index, Real ours, const Bounded& before, Report& report) const {
     const Bounded stored = net_.format.stored(before);
@@ -177,29 +217,35 @@ class Step {
     return {sum, net_.format.sum_error(above.out, magnitude)};
   }
 
-  void compare_backward(const NetLayer& layer, const Table& table, const NetLayer& above, Report& report) const {
+  void compare_backward(const NetLayer& layer, const NormJudge& norm, const NetLayer& above, Report& report) const {
     std::vector<Bounded> by_slope(static_cast<size_t>(panels_of(net_.rows) * layer.out), Bounded{0, 0});
+    Table du;
     for (int64_t row = 0; row < net_.rows; ++row)
       for (int64_t col = 0; col < layer.out; ++col) {
-        const Bounded z = at(table, layer.out, row, col), outer = dy(above, row, col);
+        const Bounded u = at(norm.u(), layer.out, row, col), outer = dy(above, row, col);
         const Real mask = layer.mask(row, col), size = std::fabs(outer.value);
-        const Bounded inner = masked_slope(layer, z, layer.slope_of(col), mask);
+        const Bounded inner = masked_slope(layer, u, layer.slope_of(col), mask);
         const Real error = (size + outer.error) * inner.error + outer.error * std::fabs(inner.value);
-        near("dz", row * layer.out + col, layer.slope_by_z(row, col), {outer.value * inner.value, error}, report);
-        const Real below = mask * std::min<Real>(z.value, 0);
+        du.push_back({outer.value * inner.value, error});
+        const Real below = mask * std::min<Real>(u.value, 0);
         add(by_slope[static_cast<size_t>(row / kPanel * layer.out + col)],
-            {outer.value * below, size * mask * z.error - below * (outer.error + 2 * kRoundings * kUnit * size)});
+            {outer.value * below, size * mask * u.error - below * (outer.error + 2 * kRoundings * kUnit * size)});
       }
     for (int64_t i = 0; i < layer.dslope.count(); ++i)
       report.near("dslope", i, layer.dslope.get(i), by_slope[static_cast<size_t>(i)].value,
                   by_slope[static_cast<size_t>(i)].error);
+    norm.compare_sums(du, report);
+    const Table dz = norm.gradients(du);
+    for (int64_t row = 0; row < net_.rows; ++row)
+      for (int64_t col = 0; col < layer.out; ++col)
+        near("dz", row * layer.out + col, layer.slope_by_z(row, col), at(dz, layer.out, row, col), report);
   }
 
   NetCase net_;
   NetLoss loss_;
   std::deque<NetLayer> layers_;
   Numbers values_;
-  bool backwards_;
+  bool backwards_, every_segment_, says_until_;
 };
 
 inline NetCase drawn(Format format, int64_t hidden, Activation activation, double p, int64_t rows, Loss loss,
@@ -210,15 +256,17 @@ inline NetCase drawn(Format format, int64_t hidden, Activation activation, doubl
   return net;
 }
 
+inline void check_step(const NetCase& net, void (*kernel)(const mlpkit::StepPanel&), Draw& draw, Report& report) {
+  Step step(net, draw);
+  step.run(kernel);
+  step.compare(report);
+}
+
 // Every activation and every loss, with odd and even widths, ragged rows and several panels.
 inline void check_steps(Format format, void (*kernel)(const mlpkit::StepPanel&), Draw& draw, Report& report) {
   const std::vector<int64_t> rows = {1, 31, 32, 33, 70};
   const auto loss = [](int64_t i) { return static_cast<Loss>(i); };
-  const auto check = [&](const NetCase& net) {
-    Step step(net, draw);
-    step.run(kernel);
-    step.compare(report);
-  };
+  const auto check = [&](const NetCase& net) { check_step(net, kernel, draw, report); };
   for (int activation = 0; activation <= static_cast<int>(Activation::tanh); ++activation)
     for (const double p : {0.0, 0.3, 1.0})
       for (int64_t hidden = 1; hidden <= 3; ++hidden)

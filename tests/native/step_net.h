@@ -5,6 +5,7 @@
 
 #include "cpu/mlp_step.h"
 #include "step_loss.h"
+#include "step_norm.h"
 
 namespace native {
 
@@ -19,6 +20,10 @@ struct NetCase {
   Loss loss;
   float label_smoothing;
   bool class_weights;
+  std::vector<NormCase> norms = {};  // of the first layers; none where it ends
+  Real shift = 0;                    // of the biases below a norm that takes it away again
+
+  NormCase norm(size_t index) const { return index < norms.size() ? norms[index] : NormCase{}; }
 };
 
 struct NetLayer {
@@ -28,6 +33,7 @@ struct NetLayer {
   bool by_column;
   mlpkit::Dropout dropout;
   Numbers forward, backward, bias, slope, inputs, dz, dslope;
+  NetNorm norm;
 
   NetLayer(const NetCase& net, size_t index, Draw& draw)
       : format(net.format),
@@ -42,11 +48,13 @@ struct NetLayer {
         slope(Dtype::float32, is_prelu() ? by_column ? out : 1 : 0, draw),
         inputs(format.memory(panels_of(rows) * panels_of(in) * format.lanes(kPanel) * kPanel, draw)),
         dz(format.memory(panels_of(rows) * out * format.lanes(kPanel), draw)),
-        dslope(Dtype::float32, is_prelu() ? panels_of(rows) * out : 0, draw) {
+        dslope(Dtype::float32, is_prelu() ? panels_of(rows) * out : 0, draw),
+        norm(net.norm(index), out, net.rows, draw) {
     // A logarithm is taken of outputs that are positive whatever comes in.
     const Real limit = (needs_bias(net, index) ? 0.2L : 1.7L) / std::sqrt(static_cast<Real>(in));
     draw_weight(draw, limit);
     bias.draw(draw, needs_bias(net, index) ? 2 : -1, needs_bias(net, index) ? 4 : 1);
+    for (int64_t i = 0; i < bias.count() && norm.here() && !norm.net.frozen; ++i) bias.set(i, bias.get(i) + net.shift);
     slope.draw(draw, -0.5, 0.5);
     dropout.seed = draw.bits();
     dropout.offset = static_cast<uint32_t>(draw.bits());
@@ -87,6 +95,7 @@ struct NetLayer {
     args.bias = data(bias);
     args.slope = data(slope);
     args.slope_by_column = by_column;
+    args.norm = norm.args();
     args.inputs = data(inputs);
     args.dz = data(dz);
     args.dslope = data(dslope);
@@ -136,15 +145,20 @@ struct NetLoss {
   void fill_classes(Draw& draw) {
     for (int64_t row = 0; row < padded(); ++row) {
       const bool counts = row < net.rows && draw.below(5) != 0;
-      const int32_t wanted = counts ? static_cast<int32_t>(draw.below(outputs())) : -1;
-      std::memcpy(classes.data() + 4 * row, &wanted, 4);
-      weights.set(row, counts ? weight_of_class(wanted) : 0);
+      const int32_t none = row < net.rows ? mlpkit::kIgnored : mlpkit::kNoRow;
+      want(row, counts ? static_cast<int32_t>(draw.below(outputs())) : none);
     }
     Real total = 0;
     for (int64_t c = 0; c < outputs(); ++c) total += weight_of_class(c);
     smoothing.certain = 1 - net.label_smoothing;
     smoothing.spread = net.label_smoothing / static_cast<float>(outputs());
     smoothing.total = static_cast<float>(total);
+  }
+
+  void ignore(int64_t row) { want(row, mlpkit::kIgnored); }
+  void want(int64_t row, int32_t wanted) {
+    std::memcpy(classes.data() + 4 * row, &wanted, 4);
+    weights.set(row, wanted >= 0 ? weight_of_class(wanted) : 0);
   }
 
   mlpkit::StepLoss args() {
@@ -163,19 +177,17 @@ struct NetLoss {
   }
 };
 
-// All NaN before each panel, and watched at both ends.
+// All NaN before a panel's first segment, and watched at both ends.
 class StepScratch {
  public:
   explicit StepScratch(int64_t floats) : bytes_(static_cast<size_t>(floats) * sizeof(float)) {
     if (posix_memalign(&memory_, 64, bytes_) != 0) std::abort();
+    std::memset(memory_, 0xff, bytes_);
   }
   ~StepScratch() { std::free(memory_); }
   StepScratch(const StepScratch&) = delete;
   StepScratch& operator=(const StepScratch&) = delete;
-  float* poisoned() {
-    std::memset(memory_, 0xff, bytes_);
-    return static_cast<float*>(memory_);
-  }
+  float* data() { return static_cast<float*>(memory_); }
 
  private:
   size_t bytes_;
