@@ -91,9 +91,13 @@ class Network:
 
         return run
 
-    def sklearn(self) -> Callable[[], object]:
+    def sklearn(self, threads: int) -> Callable[[], object]:
         """``MLPClassifier.partial_fit`` on one batch: Adam, but neither dropout nor clipping."""
         from sklearn.neural_network import MLPClassifier
+        from threadpoolctl import threadpool_limits
+
+        # NumPy's threads would go on spinning into the time of whoever comes next.
+        threadpool_limits(limits=threads, user_api="blas")
 
         size = (self.width, self.width)
         model = MLPClassifier(size, learning_rate_init=LEARNING_RATE, alpha=0.0, batch_size=self.rows, random_state=0)
@@ -116,5 +120,5 @@ class Network:
         if self.dtype != "fp32":
             found["mlpkit fp32"] = Network(self.rows, self.width).ours()
         elif find_spec("sklearn") is not None:
-            found["sklearn without dropout and clip"] = Rival(self.sklearn())
+            found["sklearn without dropout and clip"] = Rival(self.sklearn(settings.threads))
         return found
