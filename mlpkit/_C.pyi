@@ -1,4 +1,9 @@
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
 def linear_act_dropout(
     x: Tensor,
@@ -52,24 +57,34 @@ def mlp_norm(
     negative_slope: float,
     p: list[float],
 ) -> tuple[Tensor, Tensor]: ...
-def mlp_step(
-    x: Tensor,
-    target: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    seed: Tensor | None,
-    activation: str,
-    negative_slope: float,
-    p: list[float],
-    loss: str,
-    clip_norm: float,
-    optimizer: str,
-    group_of: list[int],
-    firsts: list[Tensor | None],
-    seconds: list[Tensor | None],
-    steps: list[Tensor | None],
-    groups: list[list[float]],
-) -> tuple[bool, float, float]: ...
+
+class MlpStep:
+    def __init__(
+        self,
+        *,
+        layers: list[tuple[Tensor, Tensor | None, Tensor | None, tuple[Any, ...] | None]],
+        optimizer: Optimizer,
+        states: Sequence[tuple[int, dict[str, Any], str | None, str | None, str | None]],
+        modules: list[Module],
+        dicts: list[dict[str, Any]],
+        entries: list[tuple[dict[str, Any], str]],
+        rates: list[tuple[dict[str, Any], str]],
+        hooks: list[dict[int, Any]],
+        drawing: dict[str, Any] | None,
+        bfloat16: bool,
+        activation: str,
+        negative_slope: float,
+        loss: str,
+        mean: bool,
+        delta: float,
+        label_smoothing: float,
+        ignore_index: int,
+        class_weights: Tensor | None,
+        kind: str,
+    ) -> None: ...
+    def take(self, inputs: Any, target: Any, clip_norm: float) -> tuple[float, float] | bool | None: ...
+    def take_proven(self, inputs: Any, target: Any, clip_norm: float) -> tuple[float, float] | bool | None: ...
+
 def cpu_capability() -> str: ...
 def cpu_capabilities() -> list[str]: ...
 def force_cpu_capability(name: str) -> None: ...
