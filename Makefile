@@ -11,7 +11,7 @@ VENV := .venv
 endif
 BIN := $(VENV)/bin
 STAMP := build/stamps/$(subst /,_,$(abspath $(VENV)))
-CLANG_FILES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' | sort)
+CLANG_FILES = $(shell find csrc tests/native tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' | sort)
 
 .PHONY: demo test bench lint format cuda-check instructions gpu clean
 

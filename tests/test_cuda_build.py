@@ -79,6 +79,17 @@ def test_ptx_for_newer_devices_compiles(nvcc, tmp_path):
         assert ".target sm_80" in target.read_text()
 
 
+def test_what_the_emulator_runs_compiles_for_a_device(nvcc, tmp_path):
+    """The emulated device.h and the real one have the same functions: its test kernels use nearly all of them."""
+    copy = tmp_path / "detectors.cu"  # beside the original lies the emulated header
+    shutil.copy(ROOT / "tests" / "emulation" / "detectors.cpp", copy)
+    flags = ["-std=c++17", "-O3", "-arch=sm_80", "-I", str(ROOT / "csrc")]
+    subprocess.run([nvcc, *flags, "-c", str(copy), "-o", str(tmp_path / "detectors.o")], check=True)
+    sass = "".join(_sass([tmp_path / "detectors.o"]).values())
+    for instruction in ("HMMA.16816.F32.BF16", "HMMA.1688.F32.TF32", "LDSM.16.MT88.2", "LDGSTS", "REDUX", "BAR.SYNC"):
+        assert instruction in sass, instruction
+
+
 def _sass(objects):
     """The instructions of each kernel, by mangled name."""
     cuobjdump = _tool("cuobjdump")

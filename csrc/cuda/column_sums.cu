@@ -86,15 +86,15 @@ cudaError_t run(const ColumnSums& args, cudaStream_t stream) {
   const auto blocks = [&] { return ceil_div(ceil_div(rows, kRows) * across, kWarps); };
   while (rows > kRows || args.total) {
     C* sums = from + rows * args.stride;
-    const cudaError_t error =
-        device::launch(sum_rows<C, C>, blocks(), kThreads, stream, Rows<C>{from, rows, args.stride}, sums, args.stride);
+    const cudaError_t error = device::launch(sum_rows<C, C>, {blocks(), kThreads}, stream,
+                                             Rows<C>{from, rows, args.stride}, sums, args.stride);
     if (error != cudaSuccess) return error;
     from = sums;
     rows = ceil_div(rows, kRows);
     if (args.total && rows == 1)
-      return device::launch(sum_row<C, T>, 1, device::kWarp, stream, from, static_cast<T*>(args.to), args.cols);
+      return device::launch(sum_row<C, T>, {1, device::kWarp}, stream, from, static_cast<T*>(args.to), args.cols);
   }
-  return device::launch(sum_rows<C, T>, blocks(), kThreads, stream, Rows<C>{from, rows, args.stride},
+  return device::launch(sum_rows<C, T>, {blocks(), kThreads}, stream, Rows<C>{from, rows, args.stride},
                         static_cast<T*>(args.to), args.cols);
 }
 

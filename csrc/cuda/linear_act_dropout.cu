@@ -285,7 +285,7 @@ template <class T, class C>
 cudaError_t run(const ActDropoutForward& args, cudaStream_t stream) {
   const bool aligned = all_aligned(args.cols, Place<T>::width, args.product, args.bias, args.slope, args.y, args.z);
   const int64_t warps = ceil_div(args.rows, kMaskTile) * col_panels(args.cols);
-  return device::launch(forward<T, C>, blocks_of(warps), kThreads, stream, args, aligned);
+  return device::launch(forward<T, C>, {blocks_of(warps), kThreads}, stream, args, aligned);
 }
 
 template <class T, class C>
@@ -295,7 +295,7 @@ cudaError_t run(const ActDropoutBackward& args, cudaStream_t stream) {
   C* bias_sums = args.dbias ? static_cast<C*>(args.scratch) : nullptr;
   C* slope_sums = args.dslope ? static_cast<C*>(args.scratch) + column_sums_elements(rows, stride) : nullptr;
   const auto kernel = args.z ? backward<T, C, true> : backward<T, C, false>;
-  cudaError_t error = device::launch(kernel, blocks_of(rows * col_panels(args.cols)), kThreads, stream, args, aligned,
+  cudaError_t error = device::launch(kernel, {blocks_of(rows * col_panels(args.cols)), kThreads}, stream, args, aligned,
                                      bias_sums, slope_sums, stride);
   if (error == cudaSuccess && bias_sums)
     error = column_sums({rows, args.cols, stride, args.dtype, bias_sums, args.dbias, false}, stream);

@@ -2,3 +2,6 @@
 #pragma once
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
 using cudaStream_t = struct CUstream_st*;
+struct float2 {
+  float x, y;
+};

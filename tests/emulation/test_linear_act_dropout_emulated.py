@@ -4,7 +4,7 @@ from copy import copy
 
 import pytest
 import torch
-from emulator import DTYPES, build, find_compiler, inside, plane
+from emulator import DTYPES, LinearActDropout, find_compiler, inside, plane
 
 from mlpkit._ext import _C
 from mlpkit.reference import ACTIVATIONS, dropout_mask
@@ -19,7 +19,7 @@ def emulator(tmp_path_factory):
     compiler = find_compiler()
     if compiler is None:
         pytest.skip("no host compiler to build the emulator with")
-    return build(compiler, tmp_path_factory.mktemp("emulator"))
+    return LinearActDropout(compiler, tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture(autouse=True)
