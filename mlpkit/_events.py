@@ -1,6 +1,7 @@
 """A tiny announcement board between layers that must not import each other: guard announces steps, trace listens.
 
-Events are plain dicts with a ``"kind"``; listeners must not raise and must not keep tensors alive.
+Events are plain dicts with a ``"kind"``; listeners must not raise and must not keep tensors alive. Into a ``"skip"``
+event a listener that knows where it began puts ``op``, ``module`` and ``cause``.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ def listened_to() -> bool:
     return bool(_listeners)
 
 
-def announce(kind: str, **fields: Any) -> None:
-    """Tell every listener; costs one truth test when nobody listens."""
+def announce(kind: str, **fields: Any) -> dict[str, Any]:
+    """Tell every listener; costs one truth test when nobody listens. Returns the event with what they put into it."""
+    event = {"kind": kind, **fields}
     if _listeners:
-        event = {"kind": kind, **fields}
         for listener in tuple(_listeners):
             listener(event)
+    return event

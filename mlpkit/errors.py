@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class MlpkitError(Exception):
     """Base class of all errors raised by mlpkit."""
@@ -40,4 +43,8 @@ class MissingExtraError(MlpkitError, ImportError):
 
 
 class NonFiniteError(MlpkitError, FloatingPointError):
-    """A training step met Inf or NaN and the caller asked for an error."""
+    """A training step met Inf or NaN and the caller asked for an error; ``records`` tells of the skips behind it."""
+
+    def __init__(self, message: str, records: Iterable[Any] = ()) -> None:
+        super().__init__(message)
+        self.records: list[Any] = list(records)

@@ -14,15 +14,21 @@ Named = Iterable[tuple[str, Tensor]]
 FINITE = sys.float_info.max
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a sharded tensor (it shares memory with it); any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 @dataclass(frozen=True)
 class Finding:
-    """The first tensor of a list that holds Inf or NaN, and how many tensors of the list do."""
+    """The first tensor of a list that holds Inf or NaN, where it does, and how many tensors of the list do."""
 
     name: str
     nans: int
     infs: int
     shape: tuple[int, ...]
     tensors: int
+    first_index: int | None = None
 
     @property
     def kind(self) -> str:
@@ -38,16 +44,21 @@ class Finding:
 def first_bad(tensors: Named, *, inf_allowed: frozenset[str] = frozenset()) -> Finding | None:
     """Count exactly: the first tensor with Inf or NaN (NaN alone for names in ``inf_allowed``), or None. Syncs."""
     first: tuple[str, int, int, tuple[int, ...]] | None = None
+    index = None
     bad = 0
     for name, tensor in tensors:
+        tensor = local(tensor)
         if not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all()):
             continue
         nans = int(torch.isnan(tensor).sum())
         infs = 0 if name in inf_allowed else int(torch.isinf(tensor).sum())
         if nans or infs:
             bad += 1
-            first = first or (name, nans, infs, tuple(tensor.shape))
-    return None if first is None else Finding(*first, bad)
+            if first is None:
+                first = (name, nans, infs, tuple(tensor.shape))
+                wrong = torch.isfinite(tensor).logical_not() if infs else torch.isnan(tensor)
+                index = int(wrong.reshape(-1).nonzero()[0])
+    return None if first is None else Finding(*first, bad, index)
 
 
 class Readings:
@@ -114,7 +125,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in map(local, tensors):
         if tensor.is_floating_point() and tensor.numel():
             groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return list(groups.values())

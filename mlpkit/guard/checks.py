@@ -93,7 +93,7 @@ def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, precis
     return device
 
 
-def check_settings(optimizer: torch.optim.Optimizer) -> None:
+def check_settings(optimizer: torch.optim.Optimizer, owner: str = "TrainStep") -> None:
     """Raises ArgumentError when a learning rate or another setting of a parameter group is Inf or NaN."""
     for index, group in enumerate(optimizer.param_groups):
         for name in _SETTINGS:
@@ -102,7 +102,7 @@ def check_settings(optimizer: torch.optim.Optimizer) -> None:
                 # A setting on a device would cost a sync here; Inf in it shows in the update, which is checked.
                 known = isinstance(number, float) or (isinstance(number, Tensor) and number.device.type == "cpu")
                 if known and not math.isfinite(number):
-                    raise ArgumentError(f"TrainStep: {name} of parameter group {index} is {number}; it must be finite")
+                    raise ArgumentError(f"{owner}: {name} of parameter group {index} is {number}; it must be finite")
 
 
 def check_loss(loss: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mlpkit.errors import NonFiniteError
-from mlpkit.guard.census import Finding, first_bad
+from mlpkit.guard.census import Finding, Named, first_bad
 from mlpkit.guard.record import SkipRecord
 from mlpkit.guard.replay import Autocast, Call, MicroBatch, first_bad_module, tensors_in
 from mlpkit.guard.state import Buffers, parameters_of, state_of
@@ -47,20 +47,30 @@ class Evidence:
         return next(((where, finding, last) for where, finding in places.items() if finding), None)
 
 
+def bad_state(parameters: Named, state: Named, buffers: Buffers | None) -> tuple[str, Finding] | None:
+    """(place, finding) of a parameter, optimizer state or buffer that holds Inf or NaN; None without any. Syncs."""
+    places = {
+        "parameter": first_bad(parameters),
+        "optimizer state": first_bad(state),
+        "buffer": first_bad(buffers.named(), inf_allowed=buffers.sentinels) if buffers else None,
+    }
+    return next(((place, finding) for place, finding in places.items() if finding), None)
+
+
+def bad_state_error(owner: str, place: str, finding: Finding) -> NonFiniteError:
+    """For state that was bad before the step: never skipped over."""
+    return NonFiniteError(
+        f"{owner}: {place} {finding.name!r} held {finding.count} {finding.kind} before the step; "
+        "skipping cannot heal it, so go back to a good checkpoint"
+    )
+
+
 def refuse_bad_state(model: nn.Module, optimizer: torch.optim.Optimizer, buffers: Buffers) -> None:
     """Raises NonFiniteError naming a parameter, optimizer state or buffer that holds Inf or NaN."""
     names = parameter_names(model)
-    places = {
-        "parameter": first_bad((names[id(parameter)], parameter) for parameter in model.parameters()),
-        "optimizer state": first_bad(state_of(optimizer, names)),
-        "buffer": first_bad(buffers.named(), inf_allowed=buffers.sentinels),
-    }
-    for place, finding in places.items():
-        if finding:
-            raise NonFiniteError(
-                f"TrainStep: {place} {finding.name!r} held {finding.count} {finding.kind} before the step; "
-                "skipping cannot heal it, so go back to a good checkpoint"
-            )
+    found = bad_state(((names[id(p)], p) for p in model.parameters()), state_of(optimizer, names), buffers)
+    if found:
+        raise bad_state_error("TrainStep", *found)
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -112,4 +122,5 @@ def make_record(
         micro_batch=index,
         parameters=len(parameters_of(evidence.optimizer)),
         note=note,
+        first_index=finding.first_index,
     )

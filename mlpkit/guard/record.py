@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +17,12 @@ _WHERE = {
     "norm": "the {culprit} is",
     "buffer": "the forward left buffer {culprit} with",
     "update": "the update would leave {culprit} with",
+    "state": "before the step, {culprit} held",
 }
+
+
+_SKIPPED = "Step skipped"
+_DONE = {"fp32 step": "Step taken in float32 instead"}
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,14 @@ class SkipRecord:
 
     step: 0-based index among all steps, skipped ones too. culprit: a parameter's or buffer's qualified name,
     ``"loss"``, ``"forward of <module>"``, ``"inputs"`` or ``"target"``. where: ``inputs | target | forward | loss |
-    gradient | norm | buffer | update``. kind: ``"NaN"`` if there is one, else ``"Inf"``; count: of both; shape: of the
-    culprit's tensor. tensors: how many tensors of that place were bad. scale: the step's loss scale. micro_batch: index
-    in the window. parameters: how many were saved.
+    gradient | norm | buffer | update | state``. kind: ``"NaN"`` if there is one, else ``"Inf"``; count: of both;
+    shape: of the culprit's tensor. tensors: how many tensors of that place were bad. scale: the step's loss scale.
+    micro_batch: index in the window. parameters: how many were saved. first_index: flat index of the first bad
+    element. nature: ``calibration | collapse | data | gradient | update | state``, see ``guard.headroom.nature``. absmax: the culprit
+    gradient's largest magnitudes in the last steps, scaled, this step's at the end; empty for other culprits.
+    rank: where it began, under DDP or FSDP2. module, op, cause: of the first operation that went wrong, where a tracer
+    runs. action: what was done beside skipping (``"fp32 step"``: the step was taken after all, in float32;
+    ``"rollback to step 40"``), else empty.
     """
 
     step: int
@@ -43,16 +55,43 @@ class SkipRecord:
     micro_batch: int
     parameters: int
     note: str = ""
+    first_index: int | None = None
+    nature: str = ""
+    absmax: tuple[float, ...] = ()
+    rank: int | None = None
+    module: str | None = None
+    op: str | None = None
+    cause: str | None = None
+    action: str = ""
+
+    @property
+    def taken(self) -> bool:
+        """Whether the step was taken after all: in float32."""
+        return self.action in _DONE
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON takes them: Inf and NaN are strings, tuples lists."""
+        return {key: plain(value) for key, value in asdict(self).items()}
 
     def __str__(self) -> str:
         counts = [f"{count} {kind}" for count, kind in ((self.nans, "NaN"), (self.infs, "Inf")) if count]
         held = self.kind if self.where in ("loss", "norm") else " and ".join(counts)
-        size = f" (shape {self.shape})" if self.shape else ""
+        size = f" (shape {self.shape})" if self.shape and not self.culprit.endswith(str(self.shape)) else ""
         scale = f" The loss scale was {self.scale:g}." if self.scale != 1 else ""
         note = f" {self.note}" if self.note else ""
         where = _WHERE[self.where].format(culprit=self.culprit)
-        saved = f"Step skipped; {self.parameters} parameters were saved."
-        return f"Step {self.step}: {where} {held}{size}.{scale}{note} {saved}"
+        saved = f"{_DONE.get(self.action, _SKIPPED)}; {self.parameters} parameters were saved."
+        saved += f" {self.action.capitalize()}." if self.action and self.action not in _DONE else ""
+        place = f"Step {self.step}" if self.rank is None else f"Step {self.step}, rank {self.rank}"
+        op = f" It began in {self.op}{f' of {self.module}' if self.module else ''}." if self.op else ""
+        return f"{place}: {where} {held}{size}.{op}{scale}{note} {saved}"
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON takes it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+    return [plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 class Window:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mlpkit.errors import ArgumentError
+from mlpkit.guard.census import local
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
@@ -22,7 +23,8 @@ class Copies:
         self._copies: list[Tensor] = []
 
     def take(self, tensors: Sequence[Tensor]) -> None:
-        """Copy these tensors."""
+        """Copy these tensors; of a sharded one, this rank's shard."""
+        tensors = [local(tensor) for tensor in tensors]
         kept = self._copies
         if len(kept) != len(tensors) or not all(_alike(a, b) for a, b in zip(kept, tensors)):
             self._copies = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
@@ -60,21 +62,19 @@ class Buffers:
                 self._entries.append((owner, key, name, buffer, shape))
         self._copies.take([buffer for *_, buffer, _ in self._entries if buffer is not None])
 
-    def checked(self) -> list[Tensor]:
+    def checked(self, owner: str = "TrainStep") -> list[Tensor]:
         """The float buffers that must be finite. Raises ArgumentError naming one that was rebound, resized or added."""
-        for owner, key, name, buffer, shape in self._entries:
-            now = owner.get(key)
+        for entries, key, name, buffer, shape in self._entries:
+            now = entries.get(key)
             if now is not buffer or (now is not None and now.shape != shape):
                 how = "resized" if now is buffer else "rebound to another tensor"
                 raise ArgumentError(
-                    f"TrainStep: the forward left buffer {name!r} {how}; change it in place with copy_, "
+                    f"{owner}: the forward left buffer {name!r} {how}; change it in place with copy_, "
                     "or a bad step cannot be undone"
                 )
-        for prefix, owner, keys in self._owners:
-            for key in owner.keys() - keys:
-                raise ArgumentError(
-                    f"TrainStep: the forward registered a new buffer {key!r} in {prefix!r}; do so before"
-                )
+        for prefix, entries, keys in self._owners:
+            for key in entries.keys() - keys:
+                raise ArgumentError(f"{owner}: the forward registered a new buffer {key!r} in {prefix!r}; do so before")
         return [buffer for _, _, name, buffer, _ in self._entries if buffer is not None and name not in self.sentinels]
 
     def restore(self) -> None:

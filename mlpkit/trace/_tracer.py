@@ -176,8 +176,18 @@ class Tracer:
     # Announcements of the guarded step.
 
     def _hear(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "skip":
+            self._tell(event)
         if event["kind"] != "step":
             return
         if event.get("skipped"):
             self._observer.sinks.skipped(event, self._where.step)
         self._where.ended = True
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """Where a step that is being skipped first went wrong, for the guard's record."""
+        incidents = self._observer.sinks.incidents
+        here = [one for one in incidents if one.record.place.step == self._where.step and not one.intended]
+        if here:
+            found = diagnose(min(here, key=lambda one: one.record.index))
+            event.update(op=found.op, module=found.module, cause=found.cause)

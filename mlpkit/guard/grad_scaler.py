@@ -1,0 +1,371 @@
+"""``GradScaler``: torch.amp's, for loops that exist; a bad step leaves no trace in parameters, state and buffers."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
+
+from mlpkit._events import announce
+from mlpkit.errors import ArgumentError, DtypeError
+from mlpkit.guard import headroom
+from mlpkit.guard.attempt import Attempt, Verdict, dense
+from mlpkit.guard.checks import check_settings
+from mlpkit.guard.culprit import bad_state, bad_state_error, parameter_names
+from mlpkit.guard.gate import Gate
+from mlpkit.guard.history import History
+from mlpkit.guard.policy import Follower, Policy
+from mlpkit.guard.ranks import Ranks, unwrapped
+from mlpkit.guard.record import SkipRecord
+from mlpkit.guard.scale import ScaleChange, check_scale
+from mlpkit.guard.state import OptimizerCopy, parameters_of, state_of
+
+_OWNER = "GradScaler"
+_MOST_LOSSES = 256  # that are looked at together, between two updates
+
+
+@dataclass
+class _Optimizer:
+    """What is kept for one optimizer from step to step."""
+
+    saved: OptimizerCopy
+    absmax: headroom.AbsmaxHistory = field(default_factory=headroom.AbsmaxHistory)
+    unscaled_by_caller: bool = False
+
+
+class GradScaler(torch.amp.GradScaler):
+    """Same as ``torch.amp.GradScaler``, and a step that would bring Inf or NaN anywhere is skipped without a trace.
+
+    Change the import alone: gradients, loss and the update itself are looked at, with any optimizer; parameters and
+    optimizer state stay as they were; ``records`` say who it was (``group 0, parameter 3 (8, 5)``). With ``model=``
+    culprits have names, and registered buffers (BatchNorm statistics) are copied before each training forward and put
+    back after a skip. The scale backs off only where it can help: not when the loss itself is Inf or NaN.
+
+    device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as torch's; disabled, it does nothing.
+    floor, ceiling: bounds of the scale, widened to hold init_scale, a loaded or a given scale. on_nonfinite:
+    ``"skip"``, or ``"raise"`` NonFiniteError in ``update()``. on_collapse: ``"raise"`` when the forward itself held it.
+    max_consecutive_skips: NonFiniteError after so many. check_every: act on these every N updates. history: a
+    ``History`` that is told every step.
+
+    Raises what torch's raises in the same words, and ArgumentError, DtypeError for what cannot be guarded,
+    NonFiniteError naming state that held Inf or NaN before the step. State dicts are interchangeable with torch's. A
+    copy or a pickled scaler is without its model: call ``protect(model)`` again.
+    """
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+        *,
+        model: nn.Module | None = None,
+        floor: float = 1.0,
+        ceiling: float = 2.0**24,
+        on_nonfinite: str = "skip",
+        on_collapse: str = "skip",
+        max_consecutive_skips: int | None = None,
+        check_every: int = 1,
+        history: History | None = None,
+    ) -> None:
+        if not isinstance(device, str):
+            raise ArgumentError(
+                f"{_OWNER}: device is {device!r}; it must be 'cuda' or 'cpu', and the scale comes second"
+            )
+        super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        for name, value in (("on_nonfinite", on_nonfinite), ("on_collapse", on_collapse)):
+            if value in ("rollback", "fp32_step"):
+                raise ArgumentError(f"{_OWNER}: {name}={value!r} is TrainStep's: a scaler sees neither batch nor run")
+        policy = Policy(_OWNER, on_nonfinite, on_collapse, max_consecutive_skips, check_every)
+        self._floor, self._ceiling = check_scale(f"{_OWNER}: floor", floor), check_scale(f"{_OWNER}: ceiling", ceiling)
+        if self._enabled:
+            self._check_factors()
+            self._widen(check_scale(f"{_OWNER}: init_scale", float(init_scale)))
+        self._follower = Follower(policy)
+        self.history = history
+        self.records: list[SkipRecord] = []
+        self.scale_changes: list[ScaleChange] = []
+        self.steps = 0  # updates, of taken and skipped steps
+        self.skipped = 0
+        self._warned = False
+        self._iteration: list[SkipRecord] = []
+        self._losses: deque[Tensor] = deque(maxlen=_MOST_LOSSES)
+        self._optimizers: weakref.WeakKeyDictionary[Any, _Optimizer] = weakref.WeakKeyDictionary()
+        self._gate: Gate | None = None
+        self._names: dict[int, str] = {}
+        self._ranks: Ranks | None = None
+        self._absmax: headroom.AbsmaxHistory | None = None
+        self._norm: Tensor | None = None
+        if model is not None and self._enabled:
+            self.protect(model)
+
+    def protect(self, model: nn.Module) -> None:
+        """Name this model's parameters in records, and copy its buffers before each training forward."""
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"{_OWNER}: model is {type(model).__name__}; it must be a torch.nn.Module")
+        if self._gate is not None:
+            self._gate.remove()
+        self._gate = Gate(model)
+        self._names = parameter_names(unwrapped(model))
+        self._ranks = Ranks(model)
+
+    @property
+    def headroom(self) -> dict[str, float]:
+        """Bits between each gradient of the last step, scaled, and float16's largest number, by name. Syncs."""
+        return self._absmax.headroom(torch.float16) if self._absmax else {}
+
+    # The loop's calls, in its order.
+
+    def scale(self, outputs: Any) -> Any:
+        """As torch's; remembers the losses, to tell a scale that is too high from a forward that is broken."""
+        if not self._enabled:
+            return outputs
+        if isinstance(outputs, Iterable) and not isinstance(outputs, (Tensor, list, tuple)):
+            outputs = self._watched(outputs)
+        else:
+            self._watch(outputs)
+        return super().scale(outputs)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """As torch's; raises DtypeError for complex gradients."""
+        self._unscale(optimizer, by_caller=True)
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """As torch's: the optimizer's own return value, or None where the step was skipped.
+
+        Raises ArgumentError when a learning rate or another setting is Inf or NaN, or the forward rebound a buffer, and
+        NonFiniteError naming a parameter, optimizer state or buffer that was bad before.
+        """
+        if not self._enabled or "closure" in kwargs or self._stage(optimizer) is OptState.STEPPED:
+            return super().step(optimizer, *args, **kwargs)
+        self._check_scale_growth_tracker("step")
+        self._warn_once()
+        check_settings(optimizer, _OWNER)
+        if _scales_itself(optimizer):
+            return self._attempt(optimizer, partial(super().step, optimizer, *args, **kwargs))
+        if self._stage(optimizer) is OptState.READY:
+            self._unscale(optimizer, by_caller=False)
+        if not self._found_inf_per_device(optimizer):
+            raise AssertionError("No inf checks were recorded for this optimizer.")
+        value = self._attempt(optimizer, partial(optimizer.step, *args, **kwargs))
+        self._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
+        return value
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """As torch's, within floor and ceiling; then the policies act. Raises NonFiniteError where they say so."""
+        if not self._enabled:
+            return
+        scale, tracker = self._check_scale_growth_tracker("update")
+        if isinstance(new_scale, float) or _readable(new_scale):
+            self._widen(check_scale(f"{_OWNER}.update: new_scale", float(new_scale)))
+        before, held = self.get_scale(), (scale.clone(), tracker.clone())
+        super().update(new_scale)
+        skips, self._iteration = self._iteration, []
+        if new_scale is None:
+            if skips and not any(record.nature in ("calibration", "gradient") for record in skips):
+                scale.copy_(held[0])
+                tracker.copy_(held[1])
+            scale.clamp_(self._floor, self._ceiling)
+        self._changed(before, self.get_scale())
+        self._finish(before, skips)
+
+    # What is behind them.
+
+    def _finish(self, scale: float, skips: list[SkipRecord]) -> None:
+        step, self.steps = self.steps, self.steps + 1
+        record = skips[0] if skips else None
+        if self.history is not None:
+            loss = self._losses[-1] if self._losses else torch.tensor(torch.nan)
+            self.history.add(step, loss, self._norm, scale, record, headroom.least(self.headroom))
+        self._losses.clear()
+        if self._gate is not None:
+            self._gate.close()
+        self.skipped += bool(skips)
+        self._follower.follow(self.steps, record)
+
+    def _attempt(self, optimizer: torch.optim.Optimizer, update: Any) -> float | None:
+        kept = self._kept(optimizer)
+        names = self._names_of(optimizer)
+        attempt = Attempt(optimizer, update, names, kept.saved, self._ranks, tuple(self._losses))
+        attempt.found = list(self._found_inf_per_device(optimizer).values())
+        if kept.unscaled_by_caller:
+            attempt.largest = kept.absmax.last()
+        gate = self._gate if self._gate is not None and self._gate.open else None
+        if gate is not None:
+            attempt.buffers, attempt.live_buffers = gate.buffers, gate.buffers.checked(_OWNER)
+        verdict = attempt.make()
+        self._norm = attempt.norm if self.history is not None else None
+        if verdict is None:
+            value: float | None = attempt.value
+            return value
+        if gate is not None:
+            gate.buffers.restore()
+        self._refuse_bad_state(optimizer, names)
+        record = self._record(verdict, optimizer, kept)
+        self._iteration.append(record)
+        self.records.append(record)
+        return None
+
+    def _refuse_bad_state(self, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
+        parameters = ((names[id(parameter)], parameter) for parameter in parameters_of(optimizer))
+        found = bad_state(parameters, state_of(optimizer, names), self._gate.buffers if self._gate else None)
+        found = self._ranks.common(found) if self._ranks else found
+        if found:
+            raise bad_state_error(_OWNER, *found)
+
+    def _record(self, verdict: Verdict, optimizer: torch.optim.Optimizer, kept: _Optimizer) -> SkipRecord:
+        where, finding = verdict
+        scale = self.get_scale()
+        bad_loss = next((loss for loss in self._losses if not bool(torch.isfinite(loss).all())), None)
+        loss = bad_loss if bad_loss is not None else next(reversed(self._losses), torch.tensor(torch.nan))
+        nature = headroom.nature(where, scale, scale <= self._floor)
+        note = ""
+        if where == "gradient" and bad_loss is not None:
+            nature, note = "collapse", "The loss itself was not finite: no scale can help."
+        elif where == "norm":
+            note = "Clipping by it made every gradient zero."
+        elif where == "gradient" and scale <= self._floor:
+            note = "The scale is at its floor: these gradients overflow without its help."
+        saved = len(parameters_of(optimizer))
+        event = announce("skip", step=self.steps)
+        record = SkipRecord(
+            self.steps,
+            finding.name,
+            where,
+            finding.kind,
+            finding.count,
+            finding.nans,
+            finding.infs,
+            finding.shape,
+            finding.tensors,
+            scale,
+            float(loss.max()),
+            0,
+            saved,
+            note,
+            finding.first_index,
+            nature,
+            kept.absmax.of(finding.name),
+            self._ranks.guilty if self._ranks else None,
+            event.get("module"),
+            event.get("op"),
+            event.get("cause"),
+        )
+        announce("step", step=self.steps, skipped=True, culprit=record.culprit, scale=scale, parameters=saved)
+        return record
+
+    def _unscale(self, optimizer: torch.optim.Optimizer, *, by_caller: bool) -> None:
+        if self._enabled and self._stage(optimizer) is OptState.READY and self._scale is not None:
+            kept = self._kept(optimizer)
+            names = self._names_of(optimizer)
+            pairs = [(p, dense(p.grad)) for p in parameters_of(optimizer) if p.grad is not None]
+            for parameter, gradient in pairs:
+                if gradient.is_complex():
+                    raise DtypeError(
+                        f"{_OWNER}: the gradient of {names[id(parameter)]} is complex, which cannot be guarded"
+                    )
+            kept.absmax.add([names[id(p)] for p, _ in pairs], [gradient for _, gradient in pairs], self._scale)
+            kept.unscaled_by_caller = by_caller
+            self._absmax = kept.absmax
+        super().unscale_(optimizer)
+
+    def _stage(self, optimizer: torch.optim.Optimizer) -> Any:
+        return (
+            self._per_optimizer_states[id(optimizer)]["stage"]
+            if id(optimizer) in self._per_optimizer_states
+            else OptState.READY
+        )
+
+    def _kept(self, optimizer: torch.optim.Optimizer) -> _Optimizer:
+        if optimizer not in self._optimizers:
+            self._optimizers[optimizer] = _Optimizer(OptimizerCopy(optimizer))
+        return self._optimizers[optimizer]
+
+    def _names_of(self, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+        names = {}
+        for index, group in enumerate(optimizer.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                place = f"group {index}, parameter {position} {tuple(parameter.shape)}"
+                names[id(parameter)] = self._names.get(id(parameter), place)
+        return names
+
+    def _watch(self, outputs: Any) -> None:
+        if isinstance(outputs, Tensor):
+            if outputs.numel() and outputs.is_floating_point():
+                seen = outputs.detach()
+                self._losses.append(seen.reshape(()) if seen.numel() == 1 else seen.abs().amax())
+        elif isinstance(outputs, (list, tuple)):
+            for output in outputs:
+                self._watch(output)
+
+    def _watched(self, outputs: Iterable[Any]) -> Iterator[Any]:
+        for output in outputs:
+            self._watch(output)
+            yield output
+
+    def _warn_once(self) -> None:
+        if self._gate is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{_OWNER}: buffers, such as BatchNorm's statistics, are not protected; give model=",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _check_factors(self) -> None:
+        if not 1 < self._growth_factor < torch.inf:
+            raise ArgumentError(f"{_OWNER}: growth_factor is {self._growth_factor!r}; it must be above 1 and finite")
+        if not 0 < self._backoff_factor < 1:
+            raise ArgumentError(f"{_OWNER}: backoff_factor is {self._backoff_factor!r}; it must lie between 0 and 1")
+        interval: object = self._growth_interval
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ArgumentError(f"{_OWNER}: growth_interval is {interval!r}; it must be an int of at least 1")
+
+    def _widen(self, scale: float) -> None:
+        self._floor, self._ceiling = min(self._floor, scale), max(self._ceiling, scale)
+
+    def _changed(self, before: float, after: float) -> None:
+        if after != before:
+            self.scale_changes.append(ScaleChange(self.steps, before, after, "growth" if after > before else "backoff"))
+
+    # Checkpoints and copies.
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As torch's; raises ArgumentError for a scale that is not above 0 or whose reciprocal is not finite."""
+        if self._enabled and len(state_dict):
+            self._widen(check_scale(f"{_OWNER}.load_state_dict: scale", state_dict["scale"]))
+        super().load_state_dict(dict(state_dict))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.update(_optimizers=None, _gate=None, _names={}, _ranks=None, _absmax=None, _norm=None)
+        state["_losses"] = deque(maxlen=_MOST_LOSSES)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._optimizers = weakref.WeakKeyDictionary()
+
+
+def _scales_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """An optimizer, not torch's own, that unscales and skips by itself: asked as torch's scaler asks it."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    takes = "grad_scaler" in inspect.signature(optimizer.step).parameters
+    return takes or not type(optimizer).__module__.startswith("torch.optim")
+
+
+def _readable(scale: float | Tensor | None) -> TypeGuard[Tensor]:
+    """Whether reading this new scale waits for no device."""
+    return isinstance(scale, Tensor) and scale.device.type == "cpu" and scale.numel() == 1

@@ -1,0 +1,84 @@
+"""How close gradients came to the dtype's limit, per tensor in the last steps, and what a skip says of the scale.
+
+Headroom is log2(limit / absmax) in bits, of the gradients as they were computed: scaled, in the precision's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import mlpkit._ext  # noqa: F401 - loading the extension registers the census operator
+
+LENGTH = 8
+_COUNTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def absmax(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of each tensor, Inf or NaN where it holds such; 1-dim float64. No sync."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64)
+    if all(tensor.device.type == "cpu" and tensor.dtype in _COUNTED for tensor in tensors):
+        counts, extremes, _ = torch.ops.mlpkit.census([tensor.detach() for tensor in tensors], False)
+        finite: Tensor = torch.where(counts[:, :3].any(1), math.inf, extremes[:, 0])
+        return finite
+    largest = torch._foreach_norm([tensor.detach() for tensor in tensors], math.inf)
+    return torch.stack([value.double() for value in largest])
+
+
+def bits(value: float, dtype: torch.dtype) -> float:
+    """log2(limit / value), limit the dtype's largest number; Inf for 0, NaN for what is not finite."""
+    if not math.isfinite(value):
+        return math.nan
+    return math.log2(torch.finfo(dtype).max) - math.log2(value) if value else math.inf
+
+
+def least(headroom: dict[str, float]) -> float | None:
+    """The fewest bits of any tensor; None where none is finite."""
+    return min((value for value in headroom.values() if math.isfinite(value)), default=None)
+
+
+class AbsmaxHistory:
+    """The absmax of every gradient in the last steps, scaled as it was; kept on the device until somebody asks."""
+
+    def __init__(self, length: int = LENGTH) -> None:
+        self._rows: deque[tuple[list[str], Tensor, Tensor | float]] = deque(maxlen=length)
+
+    def add(self, names: list[str], gradients: Sequence[Tensor], scale: Tensor | float) -> None:
+        """Remember one step's gradients, as they were computed under this loss scale."""
+        self._rows.append((names, absmax(gradients), scale.clone() if isinstance(scale, Tensor) else scale))
+
+    def last(self) -> Tensor:
+        """The last step's values, unscaled. No sync."""
+        _, values, scale = self._rows[-1]
+        return values / scale
+
+    def of(self, name: str) -> tuple[float, ...]:
+        """This gradient's values, oldest first, the last step's at the end. Syncs."""
+        return tuple(float(values[names.index(name)]) for names, values, _ in self._rows if name in names)
+
+    def headroom(self, dtype: torch.dtype) -> dict[str, float]:
+        """Bits below the dtype's limit of each gradient at the last step. Syncs."""
+        if not self._rows:
+            return {}
+        names, values, _ = self._rows[-1]
+        return {name: bits(value, dtype) for name, value in zip(names, values.tolist())}
+
+
+def nature(where: str, scale: float, at_floor: bool) -> str:
+    """What kind of skip it was: ``calibration | collapse | data | gradient | update | state``.
+
+    Only Inf or NaN in scaled gradients behind a finite forward is the scale's doing, as long as there is a lower scale:
+    calibration, and benign. Where the forward itself holds it, every scale would meet it again: collapse.
+    """
+    if where in ("inputs", "target"):
+        return "data"
+    if where in ("forward", "loss", "buffer"):
+        return "collapse"
+    if where in ("update", "state"):
+        return where
+    return "calibration" if where == "gradient" and scale > 1 and not at_floor else "gradient"

@@ -1,0 +1,272 @@
+"""A whole training run in one value: kept in memory to roll back to, or in a file that is whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mlpkit.errors import ArgumentError, DataError, OutputError
+from mlpkit.guard.census import local
+from mlpkit.guard.replay import random_state
+from mlpkit.guard.state import parameters_of
+
+_VERSION = 1
+_SAFETENSORS = ".safetensors"
+
+
+class Run(Protocol):
+    """What can be kept: a ``TrainStep``, or anything with these parts."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Its parameters and buffers are kept."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Its state and settings are kept."""
+
+    @property
+    def scheduler(self) -> Any:
+        """Its ``state_dict`` is kept, unless it is None."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and scale."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+
+
+class Snapshot:
+    """Parameters, buffers, optimizer, scheduler, counters, scale and random state of a run, copied.
+
+    Usage::
+
+        guard.Snapshot.take(step).save("run.pt")  # or run.safetensors; under DDP and FSDP2 one file a rank
+        guard.Snapshot.load("run.pt").restore(step)  # goes on bit for bit
+
+    Sharded tensors are kept as this rank's shards.
+    """
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    @classmethod
+    def take(cls, run: Run) -> Snapshot:
+        """Copy everything of a run; an accumulation under way is not part of it. Syncs on CUDA for the random state."""
+        own = run.scheduler.state_dict() if run.scheduler is not None else None
+        state = {
+            "version": _VERSION,
+            "model": {name: _copied(tensor) for name, tensor in _tensors_of(run.model).items()},
+            "optimizer": _optimizer_state(run.optimizer),
+            "scheduler": _map(_copied, own),
+            "step": run.state_dict(),
+            "random": [_copied(one) for one in random_state(_device_of(run.model))],
+        }
+        return cls(state)
+
+    @property
+    def step(self) -> int:
+        """How many steps the run had made."""
+        return int(self.state["step"]["steps"])
+
+    @property
+    def finite(self) -> bool:
+        """Whether all parameters and optimizer state are."""
+        tensors: list[Tensor] = []
+        _map(tensors.append, [self.state["model"], self.state["optimizer"]])
+        return all(bool(torch.isfinite(one).all()) for one in tensors if one.is_floating_point())
+
+    def restore(self, run: Run, *, counters: bool = True) -> None:
+        """Put everything back, in place; ``counters=False`` leaves step counts, scale and random state as they are.
+
+        Raises ArgumentError naming what does not fit: another model, optimizer or scheduler.
+        """
+        model = _tensors_of(run.model)
+        saved = self.state["model"]
+        wrong = sorted(model.keys() ^ saved.keys()) or [n for n in model if local(model[n]).shape != saved[n].shape]
+        if wrong:
+            raise ArgumentError(f"Snapshot.restore: the snapshot is of another model; {wrong[0]!r} does not fit")
+        _restore_optimizer(run.optimizer, self.state["optimizer"])
+        with torch.no_grad():
+            for name, tensor in model.items():
+                local(tensor).copy_(saved[name])
+        if run.scheduler is not None and self.state["scheduler"] is not None:
+            run.scheduler.load_state_dict(_map(_copied, self.state["scheduler"]))
+        if counters:
+            run.load_state_dict(self.state["step"])
+            states = self.state["random"]
+            torch.set_rng_state(states[0].cpu())
+            if len(states) > 1:
+                torch.cuda.set_rng_state(states[1].cpu(), _device_of(run.model))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one file, whole or not at all: by safetensors where it is called ``*.safetensors``, else by torch.save.
+
+        Raises OutputError where the system refuses, MissingExtraError without safetensors.
+        """
+        target = Path(path)
+        write = _write_safetensors if target.suffix == _SAFETENSORS else torch.save
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+            os.close(handle)
+            try:
+                write(self.state, name)
+                with open(name, "rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(name, target)
+            except BaseException:
+                os.unlink(name)
+                raise
+        except OSError as error:
+            raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Snapshot:
+        """Read a file of ``save``; nothing in it is executed. Raises DataError for what is no snapshot."""
+        source = Path(path)
+        try:
+            if source.suffix == _SAFETENSORS:
+                state = _read_safetensors(source)
+            else:
+                state = torch.load(source, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise DataError(f"Snapshot.load: {source} cannot be read: {error}") from error
+        if not isinstance(state, dict) or state.get("version") != _VERSION:
+            raise DataError(f"Snapshot.load: {source} is not a snapshot of version {_VERSION}")
+        return cls(state)
+
+
+def rank_path(path: str | os.PathLike[str], rank: int, size: int) -> Path:
+    """The file of one rank: ``run.pt`` alone, ``run.rank1.pt`` among others."""
+    whole = Path(path)
+    return whole if size == 1 else whole.with_name(f"{whole.stem}.rank{rank}{whole.suffix}")
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(local(parameter).device for parameter in model.parameters())
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, also buffers that a ``state_dict`` leaves out; without wrappers' names."""
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
+
+
+def _copied(value: Any) -> Any:
+    return local(value).detach().clone() if isinstance(value, Tensor) else value
+
+
+def _map(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same tree of dicts, lists and tuples with its tensors changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: _map(change, value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_map(change, value) for value in tree)
+    return tree
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """State by the parameters' position, settings by group: plain tensors and values."""
+    state = [_map(_copied, dict(optimizer.state.get(parameter, {}))) for parameter in parameters_of(optimizer)]
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return {"state": state, "groups": _map(_copied, groups)}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    parameters = parameters_of(optimizer)
+    if len(parameters) != len(saved["state"]) or len(optimizer.param_groups) != len(saved["groups"]):
+        raise ArgumentError("Snapshot.restore: the snapshot is of an optimizer with other parameters or groups")
+    for parameter, entries in zip(parameters, saved["state"]):
+        if not entries:
+            optimizer.state.pop(parameter, None)
+            continue
+        now = optimizer.state[parameter]
+        for key in now.keys() - entries.keys():
+            del now[key]
+        for key, value in entries.items():
+            held = now.get(key)
+            if isinstance(value, Tensor) and isinstance(held, Tensor) and local(held).shape == value.shape:
+                with torch.no_grad():
+                    local(held).copy_(value)
+            else:
+                now[key] = _like(parameter, _map(_copied, value))
+    for group, settings in zip(optimizer.param_groups, saved["groups"]):
+        for key in group.keys() - settings.keys() - {"params"}:
+            del group[key]
+        group.update(_map(_copied, settings))
+
+
+def _like(parameter: Tensor, value: Any) -> Any:
+    """State for a parameter: on its device and sharded as it is; 0-dim counters stay where they were."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if local(parameter) is parameter or local(parameter).shape != value.shape:
+        return value.to(local(parameter).device)
+    from torch.distributed.tensor import DTensor
+
+    whole: Any = parameter
+    value = value.to(local(parameter).device)
+    return DTensor.from_local(
+        value, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def _write_safetensors(state: dict[str, Any], path: str) -> None:
+    from mlpkit.report._extras import require
+
+    tensors: dict[str, Tensor] = {}
+
+    def name(tensor: Tensor) -> dict[str, str]:
+        key = f"tensor.{len(tensors)}"
+        tensors[key] = tensor.contiguous()
+        return {"__tensor__": key}
+
+    outline = json.dumps(_marked(_map(name, state)))
+    require("safetensors.torch", "a .safetensors snapshot", "tune").save_file(tensors, path, metadata={"run": outline})
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from mlpkit.report._extras import require
+
+    require("safetensors.torch", "a .safetensors snapshot", "tune")
+    with require("safetensors", "a .safetensors snapshot", "tune").safe_open(path, "pt") as source:
+        outline = json.loads((source.metadata() or {})["run"])
+        state: dict[str, Any] = _unmarked(outline, source.get_tensor)
+    return state
+
+
+def _marked(tree: Any) -> Any:
+    """JSON keeps neither tuples nor keys that are numbers: both are marked. Raises TypeError for other objects."""
+    if isinstance(tree, tuple):
+        return {"__tuple__": [_marked(value) for value in tree]}
+    if isinstance(tree, list):
+        return [_marked(value) for value in tree]
+    if isinstance(tree, dict) and not all(isinstance(key, str) for key in tree):
+        return {"__items__": [[_marked(key), _marked(value)] for key, value in tree.items()]}
+    return {key: _marked(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _unmarked(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_unmarked(value, tensor) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "__tensor__" in tree:
+        return tensor(tree["__tensor__"])
+    if "__tuple__" in tree:
+        return tuple(_unmarked(value, tensor) for value in tree["__tuple__"])
+    if "__items__" in tree:
+        return {_unmarked(key, tensor): _unmarked(value, tensor) for key, value in tree["__items__"]}
+    return {key: _unmarked(value, tensor) for key, value in tree.items()}
