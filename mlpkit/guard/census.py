@@ -105,6 +105,14 @@ def global_norm(tensors: Sequence[Tensor], *, exact: bool) -> Tensor:
     return total
 
 
+def whole_norm(tensors: Sequence[Tensor], *, exact: bool, free: bool) -> Tensor:
+    """``global_norm``; where reading is free, finite tensors have a finite norm whatever their size."""
+    norm = global_norm(tensors, exact=exact)
+    if free and not torch.isfinite(norm) and all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        norm = norm.new_tensor(scaled_norm(tensors))
+    return norm
+
+
 def scaled_norm(tensors: Sequence[Tensor]) -> float:
     """The global norm of finite tensors by |max| * norm(x / |max|): safe where even float64 squares overflow. Syncs."""
     largest = max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)

@@ -13,11 +13,10 @@ from mlpkit.guard.scale import LossScale, check_scale
 from mlpkit.guard.state import parameters_of
 
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-POLICIES = ("skip", "raise")
 _SETTINGS = ("lr", "weight_decay", "momentum", "dampening", "eps", "alpha", "betas")
 
 
-def check_options(precision: object, clip_norm: object, accumulate: object, on_nonfinite: object) -> None:
+def check_options(precision: object, clip_norm: object, accumulate: object) -> None:
     """Raises ArgumentError unless each option is one that ``TrainStep`` knows."""
     if precision not in tuple(PRECISIONS):
         raise ArgumentError(f"TrainStep: precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
@@ -26,8 +25,6 @@ def check_options(precision: object, clip_norm: object, accumulate: object, on_n
         raise ArgumentError(f"TrainStep: clip_norm is {clip_norm!r}; it must be a finite number above 0, or None")
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ArgumentError(f"TrainStep: accumulate is {accumulate!r}; it must be an int of at least 1")
-    if on_nonfinite not in POLICIES:
-        raise ArgumentError(f"TrainStep: on_nonfinite is {on_nonfinite!r}; it must be one of {', '.join(POLICIES)}")
 
 
 def loss_scale(precision: str, init_scale: float | LossScale) -> LossScale | None:
@@ -120,13 +117,13 @@ def check_loss(loss: Any) -> Tensor:
     return loss
 
 
-def check_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The gradients of the optimizer's parameters; raises ArgumentError when there is none at all, or a sparse one."""
+def check_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """The optimizer's parameters' names and gradients; raises ArgumentError when there is none, or a sparse one."""
     parameters = parameters_of(optimizer)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients and all(gradient.layout == torch.strided for gradient in gradients):
-        return gradients
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    gradients = [(names[id(one)], one.grad) for one in parameters if one.grad is not None]
+    if gradients and all(gradient.layout == torch.strided for _, gradient in gradients):
+        return gradients
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.layout != torch.strided:
             name = names[id(parameter)]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from mlpkit._events import announce, listened_to
 from mlpkit.errors import NonFiniteError
+from mlpkit.guard import headroom
 from mlpkit.guard.census import Finding, Named, first_bad
 from mlpkit.guard.record import SkipRecord
-from mlpkit.guard.replay import Autocast, Call, MicroBatch, first_bad_module, tensors_in
+from mlpkit.guard.replay import Autocast, MicroBatch, first_bad_module, tensors_in
+from mlpkit.guard.scale import LossScale
 from mlpkit.guard.state import Buffers, parameters_of, state_of
 
 
@@ -65,12 +68,10 @@ def bad_state_error(owner: str, place: str, finding: Finding) -> NonFiniteError:
     )
 
 
-def refuse_bad_state(model: nn.Module, optimizer: torch.optim.Optimizer, buffers: Buffers) -> None:
-    """Raises NonFiniteError naming a parameter, optimizer state or buffer that holds Inf or NaN."""
+def bad_state_of(model: nn.Module, optimizer: torch.optim.Optimizer, buffers: Buffers) -> tuple[str, Finding] | None:
+    """``bad_state`` of all parameters of a model."""
     names = parameter_names(model)
-    found = bad_state(((names[id(p)], p) for p in model.parameters()), state_of(optimizer, names), buffers)
-    if found:
-        raise bad_state_error("TrainStep", *found)
+    return bad_state(((names[id(p)], p) for p in model.parameters()), state_of(optimizer, names), buffers)
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -79,15 +80,31 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
 
 
 def forward_culprit(
-    model: nn.Module, batch: MicroBatch, finding: Finding, device: torch.device, call: Call, autocast: Autocast
+    model: nn.Module,
+    batch: MicroBatch,
+    finding: Finding,
+    device: torch.device,
+    autocast: Autocast,
+    *,
+    together: bool = False,
+    itself: bool = False,
 ) -> tuple[str, str, Finding, str]:
-    """Trace a bad loss back: (where, culprit, finding, note). Bad data first, then the forward again by modules."""
+    """Trace a bad loss back: (where, culprit, finding, note). Bad data first, then the forward again by modules.
+
+    together: every rank runs the forward again, whatever its own data hold, for one that communicates waits for the
+    others. itself: see ``first_bad_module``.
+    """
+
+    def again() -> tuple[Finding | None, str]:
+        return first_bad_module(model, batch, device, autocast, itself=itself)
+
+    found, note = again() if together else (None, "")
     for where, value in (("inputs", batch.inputs), ("target", batch.target)):
         bad = first_bad(tensors_in(where, value))
         if bad:
             return where, where, bad, ""
-    eager: nn.Module = getattr(model, "_orig_mod", model)
-    found, note = first_bad_module(eager, batch, device, call, autocast)
+    if not together:
+        found, note = again()
     if found is None:
         return "loss", "loss", finding, note
     return "forward", f"forward of {found.name or 'the model'}", found, note
@@ -123,4 +140,22 @@ def make_record(
         parameters=len(parameters_of(evidence.optimizer)),
         note=note,
         first_index=finding.first_index,
+    )
+
+
+def explained(record: SkipRecord, scale: LossScale | None, absmax: headroom.AbsmaxHistory) -> SkipRecord:
+    """The record with what kind of skip it was, the culprit's past, and what a tracer knows of its origin."""
+    at_floor = scale is None or scale.at_floor
+    note = record.note
+    if scale is not None and at_floor and record.where == "gradient":
+        note = "The scale is at its floor: these gradients overflow without its help."
+    origin = announce("skip", step=record.step) if listened_to() else {}
+    return replace(
+        record,
+        note=note,
+        nature=headroom.nature(record.where, record.scale, at_floor),
+        absmax=absmax.of(record.culprit),
+        module=origin.get("module"),
+        op=origin.get("op"),
+        cause=origin.get("cause"),
     )

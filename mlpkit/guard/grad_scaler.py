@@ -18,12 +18,13 @@ from torch.amp.grad_scaler import OptState
 from mlpkit._events import announce
 from mlpkit.errors import ArgumentError, DtypeError
 from mlpkit.guard import headroom
+from mlpkit.guard.aftermath import Follower
 from mlpkit.guard.attempt import Attempt, Verdict, dense
 from mlpkit.guard.checks import check_settings
 from mlpkit.guard.culprit import bad_state, bad_state_error, parameter_names
 from mlpkit.guard.gate import Gate
 from mlpkit.guard.history import History
-from mlpkit.guard.policy import Follower, Policy
+from mlpkit.guard.policy import Policy
 from mlpkit.guard.ranks import Ranks, unwrapped
 from mlpkit.guard.record import SkipRecord
 from mlpkit.guard.scale import ScaleChange, check_scale

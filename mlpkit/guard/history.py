@@ -70,6 +70,10 @@ class History:
         """One step: its unscaled loss, unscaled gradient norm, scale, and the record if it was skipped."""
         self._entries.append(_Entry(step, loss, norm, scale, headroom, record))
 
+    def amend(self, record: SkipRecord) -> None:
+        """The last step's record, with what was done since."""
+        self._entries[-1].record = record
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -1,19 +1,14 @@
-"""What follows a skip: nothing, an error, or the way back to the last good snapshot; and an end to skips in a row."""
+"""What a caller may ask to follow a skip; see ``guard.aftermath`` for who does it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-from mlpkit.errors import ArgumentError, NonFiniteError
-from mlpkit.guard.record import SkipRecord
-from mlpkit.guard.snapshot import Run, Snapshot
+from mlpkit.errors import ArgumentError
 
 ON_NONFINITE = ("skip", "raise", "rollback")
 ON_COLLAPSE = ("skip", "raise", "fp32_step")
-_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -50,86 +45,7 @@ class Policy:
         """Whether snapshots are taken: to roll back to, or because a path was given."""
         return self.on_nonfinite == "rollback" or self.snapshot_path is not None
 
-
-class Keeper:
-    """The last good snapshot of a run: in memory, or in a file where there is a path; taken every N steps."""
-
-    def __init__(self, policy: Policy, path: Path | None) -> None:
-        self._every, self._path = policy.snapshot_every, path
-        self._kept: Snapshot | None = None
-        self.step: int | None = None  # of the last good one
-        self._next = 0
-
-    def offer(self, run: Run, steps: int) -> None:
-        """Take a snapshot if one is due and the run is finite."""
-        if steps < self._next:
-            return
-        snapshot = Snapshot.take(run)
-        if not snapshot.finite:
-            return
-        self._next = steps + self._every
-        self.step = snapshot.step
-        if self._path is None:
-            self._kept = snapshot
-        else:
-            snapshot.save(self._path)
-
-    def back(self, run: Run) -> int:
-        """Restore the last good snapshot, counters and scale aside; returns its step."""
-        if self.step is None:
-            raise NonFiniteError("TrainStep: there is no good snapshot to roll back to")
-        snapshot = self._kept if self._path is None else Snapshot.load(self._path)
-        assert snapshot is not None
-        snapshot.restore(run, counters=False)
-        return snapshot.step
-
-
-class Follower:
-    """Counts skips in a row, and acts on them every ``check_every`` steps."""
-
-    def __init__(self, policy: Policy, back: Callable[[], int] | None = None) -> None:
-        self.policy = policy
-        self.consecutive = 0
-        self._back = back
-        self._row: list[SkipRecord] = []
-        self._pending: list[SkipRecord] = []
-
-    def follow(self, steps: int, record: SkipRecord | None) -> SkipRecord | None:
-        """After each step; returns the record with what was done. Raises NonFiniteError where the policy says so.
-
-        steps: how many there were. The error's ``records`` are the skips it is about.
-        """
-        if record is None or record.taken:
-            self.consecutive, self._row = 0, []
-            if not self._pending:
-                return record
-        else:
-            self.consecutive += 1
-            self._row = [*self._row, record][-_MOST_SHOWN:]
-            self._pending.append(record)
-        if steps % self.policy.check_every:
-            return record
-        pending, self._pending = self._pending, []
-        return self._act(pending, record)
-
-    def _act(self, pending: list[SkipRecord], record: SkipRecord | None) -> SkipRecord | None:
-        policy = self.policy
-        if pending and policy.on_nonfinite == "raise":
-            raise NonFiniteError(str(pending[0]), pending)
-        for one in pending:
-            if one.nature == "collapse" and policy.on_collapse == "raise":
-                raise NonFiniteError(f"{one} The forward itself held it: no loss scale can help.", pending)
-        if policy.max_consecutive_skips is not None and self.consecutive >= policy.max_consecutive_skips:
-            shown = "; ".join(str(one) for one in self._row)
-            raise NonFiniteError(
-                f"{policy.owner}: {self.consecutive} steps in a row were skipped (max_consecutive_skips="
-                f"{policy.max_consecutive_skips}); the last: {shown}",
-                self._row,
-            )
-        if pending and policy.on_nonfinite == "rollback" and self._back is not None:
-            # Calibration is the scale's to cure: every run begins with some.
-            if all(one.nature == "calibration" for one in pending):
-                return record
-            step = self._back()
-            return replace(record, action=f"rollback to step {step}") if record is not None else None
-        return record
+    def check_precision(self, precision: str) -> None:
+        """Raises ArgumentError when a step in float32 is asked for where every step is."""
+        if self.on_collapse == "fp32_step" and precision == "fp32":
+            raise ArgumentError(f"{self.owner}: on_collapse='fp32_step' wants precision 'fp16' or 'bf16', not 'fp32'")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlpkit.guard import census
 from mlpkit.guard.census import local
+from mlpkit.guard.record import SkipRecord
 
 T = TypeVar("T")
 _SEEN = "_mlpkit_gradient_is_seen"
@@ -98,6 +100,19 @@ class Ranks:
         worst = int(self._reduced(number, "MAX"))
         self.guilty = self.size + 1 - worst if worst > 1 else None
         return worst > 0
+
+    def told(self, record: SkipRecord) -> SkipRecord:
+        """The guilty rank's record, the same on all ranks, with that rank's number. After a bad decision only."""
+        if self.alone:
+            return record
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, record, group=self.group)
+        chosen: SkipRecord = values[self.guilty or 0]
+        return replace(chosen, rank=self.guilty)
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.decide(False)
 
     def forget(self) -> None:
         """Drop what was seen of a step that is abandoned."""

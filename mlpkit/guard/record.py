@@ -34,10 +34,10 @@ class SkipRecord:
     gradient | norm | buffer | update | state``. kind: ``"NaN"`` if there is one, else ``"Inf"``; count: of both;
     shape: of the culprit's tensor. tensors: how many tensors of that place were bad. scale: the step's loss scale.
     micro_batch: index in the window. parameters: how many were saved. first_index: flat index of the first bad
-    element. nature: ``calibration | collapse | data | gradient | update | state``, see ``guard.headroom.nature``. absmax: the culprit
-    gradient's largest magnitudes in the last steps, scaled, this step's at the end; empty for other culprits.
-    rank: where it began, under DDP or FSDP2. module, op, cause: of the first operation that went wrong, where a tracer
-    runs. action: what was done beside skipping (``"fp32 step"``: the step was taken after all, in float32;
+    element. nature: ``calibration | collapse | data | gradient | update | state``, see ``guard.headroom.nature``.
+    absmax: the culprit gradient's largest magnitudes in the last steps, scaled, this step's at the end; empty for
+    other culprits. rank: where it began, under DDP or FSDP2. module, op, cause: of the first operation that went
+    wrong, where a tracer runs. action: what was done beside skipping (``"fp32 step"``: taken after all, in float32;
     ``"rollback to step 40"``), else empty.
     """
 
@@ -129,7 +129,7 @@ class StepResult:
     @property
     def skipped(self) -> bool:
         """Whether the step was skipped."""
-        return self._window.record is not None
+        return self._window.record is not None and not self._window.record.taken
 
     @property
     def grad_norm(self) -> float | None:
@@ -140,12 +140,12 @@ class StepResult:
 
     @property
     def culprit(self) -> str | None:
-        """Who made Inf or NaN; None when the step was taken."""
+        """Who made Inf or NaN; None when the step was taken at once."""
         return self._window.record.culprit if self._window.record else None
 
     @property
     def record(self) -> SkipRecord | None:
-        """Everything known about the skip; None when the step was taken."""
+        """Everything known about the skip; None when the step was taken at once."""
         return self._window.record
 
     def __repr__(self) -> str:

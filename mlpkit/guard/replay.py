@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from mlpkit.guard.census import Finding, first_bad
 
-Call = Callable[[nn.Module, Any], Any]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
@@ -28,10 +27,24 @@ class MicroBatch:
     random_state: list[Tensor]
 
 
+def call(model: nn.Module, inputs: Any) -> Any:
+    """``model(**inputs)`` for a dict, ``model(*inputs)`` for a tuple or list, else ``model(inputs)``."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
 def random_state(device: torch.device) -> list[Tensor]:
     """The state of the CPU generator and, for a CUDA device, of its own. No sync."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def set_random_state(states: list[Tensor], device: torch.device) -> None:
+    """Put back what ``random_state`` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -40,25 +53,24 @@ def tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def first_bad_module(
-    model: nn.Module, batch: MicroBatch, device: torch.device, call: Call, autocast: Autocast
+    model: nn.Module, batch: MicroBatch, device: torch.device, autocast: Autocast, *, itself: bool = False
 ) -> tuple[Finding | None, str]:
     """The first module, in order of return, whose output holds NaN or +Inf (else: any Inf); and a note where it failed.
 
     The stand-in shares the parameters and has its own buffers and attributes, so the model itself is not run again; the
-    random state is that of the first run, and afterwards what it was.
+    random state is that of the first run, and afterwards what it was. itself: run the model after all, whose buffers
+    are then the caller's to restore; a sharded model cannot be copied.
     """
     try:
-        stand_in = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        stand_in = model if itself else copy.deepcopy(model, {id(one): one for one in model.parameters()})
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            torch.set_rng_state(batch.random_state[0])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(batch.random_state[1], device)
-            return _watched(stand_in, batch, call, autocast), ""
+            set_random_state(batch.random_state, device)
+            return _watched(stand_in, batch, autocast), ""
     except Exception as error:  # noqa: BLE001  (a model that cannot be copied or run twice must not end the training)
         return None, f"The forward could not be replayed ({type(error).__name__}: {error})."
 
 
-def _watched(model: nn.Module, batch: MicroBatch, call: Call, autocast: Autocast) -> Finding | None:
+def _watched(model: nn.Module, batch: MicroBatch, autocast: Autocast) -> Finding | None:
     found: list[Finding] = []
     infinite: list[Finding] = []
 
@@ -75,8 +87,11 @@ def _watched(model: nn.Module, batch: MicroBatch, call: Call, autocast: Autocast
 
         return hook
 
-    for name, module in model.named_modules():
-        module.register_forward_hook(look(name))
-    with autocast():
-        call(model, batch.inputs)
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        with autocast():
+            call(model, batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
     return next(iter(found + infinite), None)

@@ -107,10 +107,11 @@ class Snapshot:
             if len(states) > 1:
                 torch.cuda.set_rng_state(states[1].cpu(), _device_of(run.model))
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], *, before_it_appears: Callable[[], None] | None = None) -> Path:
         """Write one file, whole or not at all: by safetensors where it is called ``*.safetensors``, else by torch.save.
 
-        Raises OutputError where the system refuses, MissingExtraError without safetensors.
+        before_it_appears: called when all is written, before the file gets its name. Raises OutputError where it cannot
+        be written, MissingExtraError without safetensors.
         """
         target = Path(path)
         write = _write_safetensors if target.suffix == _SAFETENSORS else torch.save
@@ -122,6 +123,8 @@ class Snapshot:
                 write(self.state, name)
                 with open(name, "rb") as written:
                     os.fsync(written.fileno())
+                if before_it_appears is not None:
+                    before_it_appears()
                 os.replace(name, target)
             except BaseException:
                 os.unlink(name)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlpkit._events import announce, listened_to
-from mlpkit.errors import ArgumentError, NonFiniteError
-from mlpkit.guard import bounds, census, checks
+from mlpkit.errors import ArgumentError
+from mlpkit.guard import bounds, census, checks, headroom
+from mlpkit.guard.aftermath import Aftermath
 from mlpkit.guard.census import Finding
-from mlpkit.guard.culprit import Evidence, forward_culprit, make_record, refuse_bad_state
+from mlpkit.guard.culprit import Evidence, bad_state_error, bad_state_of, explained, forward_culprit, make_record
+from mlpkit.guard.history import History
 from mlpkit.guard.losses import Loss, describe, own_loss, resolve
 from mlpkit.guard.native import NativeStep
+from mlpkit.guard.policy import Policy
+from mlpkit.guard.ranks import Ranks, unwrapped
 from mlpkit.guard.record import SkipRecord, StepResult, Window
-from mlpkit.guard.replay import MicroBatch, random_state
+from mlpkit.guard.replay import MicroBatch, call, random_state, set_random_state
 from mlpkit.guard.scale import LossScale, ScaleChange, check_scale, scaled
 from mlpkit.guard.state import Buffers, OptimizerCopy, parameters_of, state_of
 
@@ -36,7 +42,16 @@ class TrainStep:
     ``nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum")``, or None: ``output.loss``.
     precision: ``"fp32"`` as the model is; ``"fp16"``, ``"bf16"``: autocast over float32 parameters. clip_norm: largest
     global gradient norm. accumulate: calls that make one step, their losses averaged. scheduler: moves on taken steps.
-    init_scale: first loss scale (fp16), or a ``LossScale``. on_nonfinite: ``"skip"``, or ``"raise"`` NonFiniteError.
+    init_scale: first loss scale (fp16), or a ``LossScale``.
+
+    on_nonfinite: ``"skip"``; ``"raise"`` NonFiniteError; ``"rollback"``: after a fault that is not the scale's doing,
+    back to the last good snapshot. on_collapse: what to do when the forward itself held Inf or NaN: ``"skip"``,
+    ``"raise"``, or ``"fp32_step"``: take this one step without autocast. max_consecutive_skips: NonFiniteError after so
+    many in a row. check_every: these act on every N-th step; snapshot_every: steps between snapshots, which are in
+    memory, or with snapshot_path in a file (one a rank). history: a ``History`` that is told every step.
+
+    A model in DistributedDataParallel, or sharded by ``fully_shard``, takes every decision with all ranks; the records
+    of all say on which one it began.
 
     Raises ArgumentError, DtypeError or DeviceError, here or at a call, for parts that do not fit, and NonFiniteError
     naming a parameter, optimizer state or buffer that held Inf or NaN before the step: that is never skipped over.
@@ -54,24 +69,39 @@ class TrainStep:
         scheduler: Any = None,
         init_scale: float | LossScale = 65536.0,
         on_nonfinite: str = "skip",
+        on_collapse: str = "skip",
+        max_consecutive_skips: int | None = None,
+        check_every: int = 1,
+        snapshot_every: int = 100,
+        snapshot_path: str | os.PathLike[str] | None = None,
+        history: History | None = None,
     ) -> None:
-        checks.check_options(precision, clip_norm, accumulate, on_nonfinite)
+        checks.check_options(precision, clip_norm, accumulate)
+        policy = Policy(
+            "TrainStep", on_nonfinite, on_collapse, max_consecutive_skips, check_every, snapshot_every, snapshot_path
+        )
+        policy.check_precision(precision)
         self._loss_scale = checks.loss_scale(precision, init_scale)
         self._device = checks.check_parts(model, optimizer, scheduler, precision)
         self._reads_are_free = self._device.type == "cpu"
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self._precision, self.clip_norm, self._accumulate = precision, clip_norm, accumulate
-        self.on_nonfinite = on_nonfinite
+        self.history = history
         self.records: list[SkipRecord] = []
         self.steps = 0  # taken and skipped
         self.skipped = 0
         self._loss = resolve(loss)
         self._parameters = list(model.parameters())
-        self._buffers = Buffers(model)
+        self._inner = unwrapped(model)
+        self._ranks = Ranks(model)
+        self._aftermath = Aftermath(policy, self, self._ranks)
+        self._absmax = headroom.AbsmaxHistory()
+        self._buffers = Buffers(self._inner)
         self._saved = OptimizerCopy(optimizer)
         self._batches: list[MicroBatch] = []
         self._live_buffers: list[Tensor] = []
         self._window = Window()
+        self._full_precision = False
         self._native = NativeStep(model, loss, optimizer, precision, accumulate)
 
     @property
@@ -95,6 +125,16 @@ class TrainStep:
         return self._accumulate
 
     @property
+    def on_nonfinite(self) -> str:
+        """As given."""
+        return self._aftermath.policy.on_nonfinite
+
+    @property
+    def headroom(self) -> dict[str, float]:
+        """Bits between each gradient of the last general step, scaled, and its dtype's largest number. Syncs."""
+        return self._absmax.headroom(checks.PRECISIONS[self.precision] or torch.float32)
+
+    @property
     def scale(self) -> float:
         """The loss scale of the next step; 1 unless precision is fp16."""
         return self._loss_scale.value if self._loss_scale else 1.0
@@ -111,6 +151,8 @@ class TrainStep:
 
     def __call__(self, inputs: Tensor | Sequence[Any] | Mapping[str, Any], target: Any = None) -> StepResult:
         """Take one step, or with ``accumulate`` a part of one; inputs: a tensor, or a tuple or dict of arguments."""
+        if not self._batches:
+            self._aftermath.before(self.steps)
         outcome = self._native.again(inputs, target, self.clip_norm)
         if outcome is None:
             self._check_call(target)
@@ -121,7 +163,7 @@ class TrainStep:
             self._window = Window()
             self._clear_gradients()
             self._buffers.take()
-        result = StepResult(self._forward_backward(inputs, target), self.scale, self._window)
+        result = StepResult(self._forward_backward(inputs, target, self.scale), self.scale, self._window)
         if len(self._batches) == self.accumulate:
             self._finish()
         return result
@@ -155,15 +197,19 @@ class TrainStep:
         if listened_to():
             saved = len(parameters_of(self.optimizer))
             announce("step", step=step, skipped=False, culprit=None, scale=1.0, parameters=saved)
+        if self.history is not None:
+            self.history.add(step, loss, norm, 1.0)
+        self._aftermath.after(self.steps, None)
         return StepResult(loss, 1.0, self._window)
 
-    def _forward_backward(self, inputs: Any, target: Any) -> Tensor:
+    def _forward_backward(self, inputs: Any, target: Any, scale: float) -> Tensor:
         before = random_state(self._device)
         try:
-            with self._autocast():
-                output = call(self.model, inputs)
-                loss = checks.check_loss(own_loss(output) if self._loss is None else self._loss(output, target))
-            scaled(loss, self.scale / self.accumulate).backward()  # type: ignore[no-untyped-call]
+            with self._ranks.without_sync(last=len(self._batches) == self.accumulate - 1):
+                with self._autocast():
+                    output = call(self.model, inputs)
+                    loss = checks.check_loss(own_loss(output) if self._loss is None else self._loss(output, target))
+                scaled(loss, scale / self.accumulate).backward()  # type: ignore[no-untyped-call]
             self._live_buffers = self._buffers.checked()
         except BaseException:
             self._abandon()
@@ -177,48 +223,82 @@ class TrainStep:
         """Decide on the whole step, then let it stand or put everything back."""
         step, scale = self.steps, self.scale
         try:
-            record = self._decide()
+            record = self._decide(scale)
+            if record is not None and self._aftermath.wants_fp32(record):
+                record = self._again_in_fp32(record)
         except BaseException:
             self._abandon()
             raise
         self._saved.keep()
+        losses = [batch.loss for batch in self._batches]
         self._batches = []
         self._window.done, self._window.record = True, record
         self.steps += 1
-        if record is None:
-            self._after_update(step)
-        else:
+        skipped = record is not None and not record.taken
+        if record is not None and skipped:
             self._after_skip(record)
+        else:
+            self._after_update(step, scaled=record is None)
         culprit = record.culprit if record else None
         saved = len(parameters_of(self.optimizer))
-        announce("step", step=step, skipped=record is not None, culprit=culprit, scale=scale, parameters=saved)
-        if record is not None and self.on_nonfinite == "raise":
-            raise NonFiniteError(str(record))
+        announce("step", step=step, skipped=skipped, culprit=culprit, scale=scale, parameters=saved)
+        self._remember(step, losses, scale, record)
 
-    def _decide(self) -> SkipRecord | None:
+    def _remember(self, step: int, losses: list[Tensor], scale: float, record: SkipRecord | None) -> None:
+        """Write the step down, then let the policies act, which may raise."""
+        if record is not None:
+            self.records.append(record)
+        if self.history is not None:
+            bits = headroom.least(self.headroom) if self._reads_are_free else None
+            self.history.add(step, torch.stack(losses).mean(), self._window.norm, scale, record, bits)
+        amended = self._aftermath.after(self.steps, record)
+        if amended is not None and amended is not record:
+            self.records[-1] = self._window.record = amended
+            if self.history is not None:
+                self.history.amend(amended)
+
+    def _again_in_fp32(self, record: SkipRecord) -> SkipRecord:
+        """The same batches and random numbers without autocast and scale; the record of what came of it."""
+        batches, self._batches = self._batches, []
+        drawn = random_state(self._device)
+        self._full_precision = True
+        try:
+            for batch in batches:
+                set_random_state(batch.random_state, self._device)
+                batch.loss.copy_(self._forward_backward(batch.inputs, batch.target, 1.0))
+            again = self._decide(1.0)
+        finally:
+            self._full_precision = False
+            set_random_state(drawn, self._device)
+        if again is None:
+            return replace(record, action="fp32 step")
+        return replace(record, note=f"{record.note} The step in float32 failed too.".strip())
+
+    def _decide(self, scale: float) -> SkipRecord | None:
         """None when the update was made and is finite; otherwise the record, with everything put back."""
-        evidence = Evidence(self.model, self.optimizer, self._batches, self._buffers)
+        evidence = Evidence(self._inner, self.optimizer, self._batches, self._buffers)
         readings = census.Readings()
         provable = bounds.provable(self.optimizer)
-        update_norm = self._prepare_gradients(evidence)
+        losses = [batch.loss for batch in self._batches]
+        update_norm = self._prepare_gradients(evidence, scale)
         readings.add(update_norm, bounds.LARGEST if provable else census.FINITE)
-        readings.add(torch.stack([batch.loss.reshape(()) for batch in self._batches]).abs())
+        readings.add(torch.stack([loss.reshape(()) for loss in losses]).abs())
         readings.add_norms(self._live_buffers)
         # Read once: before the update where its formula can vouch for it, and on the CPU, where reading is free.
         if provable or self._reads_are_free:
             if provable:
                 bounds.add_readings(readings, self.optimizer)
-            if readings.exceeded():
-                verdict = evidence.verdict()
+            if self._ranks.exceeded(readings, losses):
+                verdict = self._ranks.common(evidence.verdict())
                 if verdict:
-                    return self._roll_back(evidence, verdict)
+                    return self._roll_back(evidence, verdict, scale)
             elif provable:
                 self.optimizer.step()
                 return None
             readings = census.Readings()
-        return self._try_update(evidence, readings)
+        return self._try_update(evidence, readings, scale)
 
-    def _try_update(self, evidence: Evidence, readings: census.Readings) -> SkipRecord | None:
+    def _try_update(self, evidence: Evidence, readings: census.Readings, scale: float) -> SkipRecord | None:
         """Update with a copy to fall back on."""
         self._saved.take()
         evidence.updated = True
@@ -229,22 +309,24 @@ class TrainStep:
             verdict = evidence.verdict()
             if not verdict:
                 raise
-            return self._roll_back(evidence, verdict)
+            return self._roll_back(evidence, verdict, scale)
         readings.add_norms([*parameters_of(self.optimizer), *(tensor for _, tensor in state_of(self.optimizer, {}))])
-        verdict = evidence.verdict() if readings.exceeded() else None
-        return self._roll_back(evidence, verdict) if verdict else None
+        exceeded = self._ranks.exceeded(readings, [batch.loss for batch in evidence.batches])
+        verdict = self._ranks.common(evidence.verdict()) if exceeded else None
+        return self._roll_back(evidence, verdict, scale) if verdict else None
 
-    def _prepare_gradients(self, evidence: Evidence) -> Tensor:
+    def _prepare_gradients(self, evidence: Evidence, scale: float) -> Tensor:
         """Unscale and clip in place; returns the norm that the update will see, 0-dim float64, not finite if bad."""
-        gradients = checks.check_gradients(self.model, self.optimizer)
+        named = checks.check_gradients(self._inner, self.optimizer)
+        gradients = [census.local(gradient) for _, gradient in named]
+        self._absmax.add([name for name, _ in named], gradients, scale)
         free = self._reads_are_free
-        norm = census.global_norm(gradients, exact=self.clip_norm is not None or not free)
-        if free and not torch.isfinite(norm) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            norm = norm.new_tensor(census.scaled_norm(gradients))
-        evidence.norm = self._window.norm = norm = norm / self.scale
-        if self.clip_norm is None and self.scale == 1:
+        measure = partial(census.whole_norm, exact=self.clip_norm is not None or not free, free=free)
+        norm = self._ranks.global_norm([gradient for _, gradient in named], measure)
+        evidence.norm = self._window.norm = norm = norm / scale
+        if self.clip_norm is None and scale == 1:
             return norm
-        factor = torch.full_like(norm, 1 / self.scale)
+        factor = torch.full_like(norm, 1 / scale)
         if self.clip_norm is not None:
             factor = factor * (self.clip_norm / norm).clamp(max=1.0)
         # Bad gradients stay as they are, so that an Inf is still an Inf when the culprit is looked for.
@@ -254,27 +336,34 @@ class TrainStep:
             census.multiply(gradients, factor)
         return norm if self.clip_norm is None else torch.where(finite, norm.clamp(max=self.clip_norm), norm)
 
-    def _roll_back(self, evidence: Evidence, verdict: tuple[str, Finding, int]) -> SkipRecord:
+    def _roll_back(self, evidence: Evidence, verdict: tuple[str, Finding, int], scale: float) -> SkipRecord:
         """Put everything back and name the culprit; raises NonFiniteError when the state was bad before the step."""
         self._restore()
-        refuse_bad_state(self.model, self.optimizer, self._buffers)
+        found = self._ranks.common(bad_state_of(self._inner, self.optimizer, self._buffers))
+        if found and not self._aftermath.can_go_back:
+            raise bad_state_error("TrainStep", *found)
+        if found:
+            place, finding = found
+            verdict = ("state", replace(finding, name=f"{place} {finding.name!r}"), 0)
 
         def trace_forward(batch: MicroBatch, finding: Finding) -> tuple[str, str, Finding, str]:
-            return forward_culprit(self.model, batch, finding, self._device, call, self._autocast)
+            together, itself = not self._ranks.alone, self._ranks.sharded
+            return forward_culprit(
+                self._inner, batch, finding, self._device, self._autocast, together=together, itself=itself
+            )
 
-        record = make_record(self.steps, verdict, evidence, self.scale, trace_forward)
-        if self._loss_scale and self._loss_scale.at_floor and record.where == "gradient":
-            record = replace(record, note="The scale is at its floor: these gradients overflow without its help.")
-        return record
+        record = make_record(self.steps, verdict, evidence, scale, trace_forward)
+        if self._ranks.sharded:
+            self._buffers.restore()
+        return self._ranks.told(explained(record, self._loss_scale, self._absmax))
 
-    def _after_update(self, step: int) -> None:
-        if self._loss_scale:
+    def _after_update(self, step: int, *, scaled: bool) -> None:
+        if self._loss_scale and scaled:
             self._loss_scale.step_taken(step)
         if self.scheduler is not None:
             self.scheduler.step()
 
     def _after_skip(self, record: SkipRecord) -> None:
-        self.records.append(record)
         self.skipped += 1
         # Only scaled gradients are the scale's doing: an Inf in the forward comes back at any scale.
         if self._loss_scale and record.where == "gradient":
@@ -283,6 +372,7 @@ class TrainStep:
     def _abandon(self) -> None:
         """After an error: put everything back and forget the step."""
         self._restore()
+        self._ranks.forget()
         self._batches = []
 
     def _restore(self) -> None:
@@ -295,14 +385,15 @@ class TrainStep:
             parameter.grad = None
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = checks.PRECISIONS[self.precision]
+        dtype = None if self._full_precision else checks.PRECISIONS[self.precision]
         return torch.autocast(self._device.type, dtype) if dtype else nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and loss scale, plain numbers; model, optimizer and scheduler save their own."""
         clean = self._loss_scale.clean_steps if self._loss_scale else 0
         scale = self._loss_scale.value if self._loss_scale else None
-        return {"version": 1, "steps": self.steps, "skipped": self.skipped, "scale": scale, "clean_steps": clean}
+        counts = {"steps": self.steps, "skipped": self.skipped, "consecutive_skips": self._aftermath.consecutive}
+        return {"version": 1, **counts, "scale": scale, "clean_steps": clean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``; a step under way is abandoned. Raises ArgumentError for a state that is none."""
@@ -318,10 +409,4 @@ class TrainStep:
         self._batches = []
         self._clear_gradients()
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """``model(**inputs)`` for a dict, ``model(*inputs)`` for a tuple or list, else ``model(inputs)``."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+        self._aftermath.consecutive = int(state.get("consecutive_skips", 0))

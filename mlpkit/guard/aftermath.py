@@ -1,0 +1,130 @@
+"""What follows a step: nothing, an error, a snapshot, the way back to the last good one; an end to skips in a row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mlpkit.errors import NonFiniteError
+from mlpkit.guard.policy import Policy
+from mlpkit.guard.ranks import Ranks
+from mlpkit.guard.record import SkipRecord
+from mlpkit.guard.snapshot import Run, Snapshot, rank_path
+
+_MOST_SHOWN = 5
+
+
+class Keeper:
+    """The last good snapshot of a run: in memory, or in a file where there is a path; taken every N steps."""
+
+    def __init__(self, policy: Policy, run: Run, ranks: Ranks) -> None:
+        self._every, self._run, self._ranks = policy.snapshot_every, run, ranks
+        self._path = policy.snapshot_path and rank_path(policy.snapshot_path, ranks.rank, ranks.size)
+        self._kept: Snapshot | None = None
+        self.step: int | None = None  # of the last good one
+        self._next = 0
+
+    def offer(self, steps: int) -> None:
+        """Take a snapshot if one is due and the run is finite."""
+        if self.step is not None and self.step <= steps < self._next:
+            return
+        snapshot = Snapshot.take(self._run)
+        if self._ranks.decide(not snapshot.finite):
+            return
+        self.step, self._next = steps, steps + self._every
+        if self._path is None:
+            self._kept = snapshot
+        else:
+            # All ranks' files appear together, or as close to that as renaming is.
+            snapshot.save(self._path, before_it_appears=self._ranks.wait)
+
+    def back(self) -> int:
+        """Restore the last good snapshot, counters and scale aside; returns its step."""
+        snapshot = self._kept if self._path is None else Snapshot.load(self._path)
+        assert snapshot is not None
+        snapshot.restore(self._run, counters=False)
+        return snapshot.step
+
+
+class Follower:
+    """Counts skips in a row, and acts on them every ``check_every`` steps."""
+
+    def __init__(self, policy: Policy, keeper: Keeper | None = None) -> None:
+        self.policy = policy
+        self.consecutive = 0
+        self._keeper = keeper
+        self._row: list[SkipRecord] = []
+        self._pending: list[SkipRecord] = []
+
+    def follow(self, steps: int, record: SkipRecord | None) -> SkipRecord | None:
+        """After each step; returns the record with what was done. Raises NonFiniteError where the policy says so.
+
+        steps: how many there were. The error's ``records`` are the skips it is about.
+        """
+        if record is None or record.taken:
+            self.consecutive, self._row = 0, []
+        else:
+            self.consecutive += 1
+            self._row = [*self._row, record][-_MOST_SHOWN:]
+            self._pending.append(record)
+        if not self._pending or steps % self.policy.check_every:
+            return record
+        pending, self._pending = self._pending, []
+        self._raise(pending)
+        if self._keeper is None or self.policy.on_nonfinite != "rollback":
+            return record
+        # Calibration is the scale's to cure: every fp16 run begins with some.
+        if all(one.nature == "calibration" for one in pending):
+            return record
+        step = self._keeper.back()
+        return replace(record, action=f"rollback to step {step}") if record is not None else None
+
+    def _raise(self, pending: list[SkipRecord]) -> None:
+        policy = self.policy
+        if policy.on_nonfinite == "raise":
+            raise NonFiniteError(str(pending[0]), pending)
+        for one in pending:
+            if one.nature == "collapse" and policy.on_collapse == "raise":
+                raise NonFiniteError(f"{one} The forward itself held it: no loss scale can help.", pending)
+        if policy.max_consecutive_skips is not None and self.consecutive >= policy.max_consecutive_skips:
+            shown = "; ".join(str(one) for one in self._row)
+            raise NonFiniteError(
+                f"{policy.owner}: {self.consecutive} steps in a row were skipped (max_consecutive_skips="
+                f"{policy.max_consecutive_skips}); the last: {shown}",
+                self._row,
+            )
+
+
+class Aftermath:
+    """The policies of a ``TrainStep``: asked before and after each step, at the cost of a comparison or two."""
+
+    def __init__(self, policy: Policy, run: Run, ranks: Ranks) -> None:
+        self.policy = policy
+        self._keeper = Keeper(policy, run, ranks) if policy.snapshots else None
+        self._follower = Follower(policy, self._keeper)
+
+    @property
+    def consecutive(self) -> int:
+        """Skips in a row so far."""
+        return self._follower.consecutive
+
+    @consecutive.setter
+    def consecutive(self, count: int) -> None:
+        self._follower.consecutive = count
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether bad state can be healed: by a good snapshot."""
+        return self.policy.on_nonfinite == "rollback" and self._keeper is not None and self._keeper.step is not None
+
+    def wants_fp32(self, record: SkipRecord) -> bool:
+        """Whether this skip is to be tried again in float32."""
+        return self.policy.on_collapse == "fp32_step" and record.nature == "collapse"
+
+    def before(self, steps: int) -> None:
+        """A step begins."""
+        if self._keeper is not None:
+            self._keeper.offer(steps)
+
+    def after(self, steps: int, record: SkipRecord | None) -> SkipRecord | None:
+        """A step has ended; as ``Follower.follow``."""
+        return self._follower.follow(steps, record)

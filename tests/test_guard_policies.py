@@ -1,0 +1,321 @@
+"""What follows a skip: errors, the way back to a snapshot, a step in float32, an end to skips in a row."""
+
+import copy
+import math
+import os
+
+import pytest
+import torch
+from guard_runs import OPTIMIZERS, Run, assert_same_bits, gradient_of, inf_in_one_element, poison
+from torch import nn
+
+from mlpkit.errors import ArgumentError, DataError, NonFiniteError, OutputError
+from mlpkit.guard import LossScale, Snapshot, TrainStep
+from mlpkit.trace import Tracer
+
+PARTS = slice(0, 3)  # of Run.state(): all but the random numbers
+
+
+def bad(run, value=torch.nan):
+    x, y = run.batch()
+    return run.step(poison(value)(x), y)
+
+
+@pytest.mark.parametrize("where", ["memory", "run.pt", "run.safetensors"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_rollback_goes_back_to_the_last_good_snapshot_bit_for_bit(optimizer, where, tmp_path):
+    path = None if where == "memory" else tmp_path / where
+    run = Run(optimizer, on_nonfinite="rollback", snapshot_every=3, snapshot_path=path)
+    run.take(3)
+    good = run.state()[PARTS]
+    run.take(2)
+    result = bad(run)
+    assert result.skipped
+    assert result.record.action == "rollback to step 3"
+    assert str(result.record).endswith("Rollback to step 3.")
+    assert_same_bits(run.state()[PARTS], good)
+    assert run.step.records == [result.record]
+    assert run.step.steps == 6  # counters go on: what was tried was tried
+    run.take(2)
+
+
+def test_rollback_heals_state_that_was_bad_before_the_step():
+    run = Run("adam", on_nonfinite="rollback", snapshot_every=2)
+    run.take(2)
+    good = run.state()[PARTS]
+    run.take(1)
+    run.optimizer.state[run.model[0].bias]["exp_avg"][1] = torch.nan
+    record = run.step(*run.batch()).record
+    assert (record.where, record.nature) == ("state", "state")
+    assert record.culprit == "optimizer state 'exp_avg of 0.bias'"
+    assert "before the step, optimizer state 'exp_avg of 0.bias' held 1 NaN" in str(record)
+    assert_same_bits(run.state()[PARTS], good)
+    run.take(1)
+
+
+def test_no_snapshot_is_taken_of_a_run_that_is_already_bad(tmp_path):
+    run = Run("adam", on_nonfinite="rollback", snapshot_every=1)
+    run.take(2)
+    good = run.state()[PARTS]
+    run.take(1)
+    run.model[4].bias.data[0] = torch.inf
+    assert run.step(*run.batch()).record.action == "rollback to step 2"
+    assert_same_bits(run.state()[PARTS], good)
+
+
+def test_calibration_is_no_reason_to_go_back():
+    scale = LossScale(2.0**30, ceiling=2.0**30)
+    run = Run(precision="fp16", on_nonfinite="rollback", init_scale=scale, snapshot_every=1)
+    result = run.step(*run.batch())
+    assert (result.record.nature, result.record.action) == ("calibration", "")
+    assert run.step.scale == 2.0**29
+
+
+def test_native_steps_are_kept_and_brought_back_too():
+    from mlpkit import nn as fused
+
+    model = fused.MLP(5, (8,), 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = TrainStep(model, "mse", optimizer, on_nonfinite="rollback", snapshot_every=2)
+    states = []
+    for _ in range(4):
+        step(torch.randn(4, 5), torch.randn(4, 3))
+        states.append(copy.deepcopy(model.state_dict()))
+    assert step.path == "native"
+    step(torch.full((4, 5), torch.nan), torch.randn(4, 3))
+    assert step.records[0].action == "rollback to step 4"
+    assert_same_bits(model.state_dict(), states[3])
+    assert not step(torch.randn(4, 5), torch.randn(4, 3)).skipped
+
+
+def test_too_many_skips_in_a_row_are_an_error_with_the_records():
+    run = Run(max_consecutive_skips=3)
+    run.take(1)
+    for _ in range(2):
+        bad(run)
+    run.take(1)
+    for _ in range(2):
+        bad(run)
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row were skipped .*Step 6: the inputs hold 1 NaN") as error:
+        bad(run)
+    assert [record.step for record in error.value.records] == [4, 5, 6]
+    assert len(run.step.records) == 5
+
+
+def test_check_every_lets_policies_act_late_but_never_the_step():
+    run = Run(on_nonfinite="raise", check_every=3)
+    run.take(1)
+    before = run.state()[PARTS]
+    assert bad(run).skipped
+    assert_same_bits(run.state()[PARTS], before)
+    with pytest.raises(NonFiniteError, match="Step 1: the inputs hold 1 NaN") as error:
+        run.take(1)
+    assert error.value.records == run.step.records
+    run.take(3)
+
+
+class Grows(nn.Module):
+    """Overflows in float16, and is fine in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        return self.drop(self.norm(self.linear(x))) * 1e-3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_collapse_is_taken_in_float32_where_asked_for(accumulate):
+    def run(precision, x, **options):
+        torch.manual_seed(5)
+        model = Grows()
+        step = TrainStep(
+            model,
+            "mse",
+            torch.optim.Adam(model.parameters(), lr=0.1),
+            precision=precision,
+            accumulate=accumulate,
+            **options,
+        )
+        results = [step(x, torch.zeros(8, 5)) for _ in range(accumulate)]
+        return model, step, results
+
+    torch.manual_seed(1)
+    x = torch.randn(8, 5) * 3e5
+    model, step, results = run("fp16", x, on_collapse="fp32_step")
+    plain, _, _ = run("fp32", x)
+    assert_same_bits(model.state_dict(), plain.state_dict())
+    assert not any(result.skipped for result in results)
+    assert all(math.isfinite(result.loss) for result in results)
+    record = step.records[0]
+    assert (record.nature, record.action, record.taken) == ("collapse", "fp32 step", True)
+    assert "Step taken in float32 instead" in str(record)
+    assert (step.steps, step.skipped, step.scale) == (1, 0, 65536.0)
+    skipped, other, _ = run("fp16", x)
+    assert other.skipped == 1
+    assert not torch.equal(skipped.linear.weight, model.linear.weight)
+
+
+def test_the_step_in_float32_draws_no_more_random_numbers_and_may_fail_too():
+    states = []
+    for policy in ("skip", "fp32_step"):
+        run = Run(precision="fp16", on_collapse=policy)
+        run.take(1)
+        before = run.state()
+        x, y = run.batch()
+        run.step(x * 1e30, y)
+        states.append(run.state())
+        assert_same_bits(run.state()[PARTS], before[PARTS])
+    assert_same_bits(*states)
+    assert "The step in float32 failed too" in str(run.step.records[0])
+
+
+def test_collapse_and_calibration_are_told_apart():
+    run = Run(precision="fp16", on_collapse="raise")
+    with gradient_of(run.model[0].weight, inf_in_one_element):
+        assert run.step(*run.batch()).record.nature == "calibration"
+    x, y = run.batch()
+    with pytest.raises(NonFiniteError, match=r"forward of 0 .*The forward itself held it: no loss scale can help"):
+        run.step(x * 3e5, y)
+    assert bad(run).record.nature == "data"  # nothing of the forward's doing
+
+
+def test_a_record_knows_the_gradients_past_the_first_index_and_the_operation():
+    run = Run(precision="fp16")
+    run.take(2)
+    with gradient_of(run.model[0].weight, inf_in_one_element):
+        record = run.step(*run.batch()).record
+    assert record.first_index == 2 * 5 + 1
+    assert len(record.absmax) == 3
+    assert all(math.isfinite(value) for value in record.absmax[:2])
+    assert record.absmax[2] == math.inf
+    assert record.op is None
+    with Tracer(run.model):
+        x, y = run.batch()
+        record = run.step(x * 3e5, y).record
+    assert (record.op, record.module, record.cause) == ("_to_copy", "0", "cast_overflow")
+    assert "It began in _to_copy of 0." in str(record)
+
+
+def test_headroom_is_in_bits_below_the_dtypes_limit():
+    run = Run(precision="fp16", init_scale=1024.0)
+    seen = {}
+    handles = [
+        p.register_hook(lambda g, n=n: seen.__setitem__(n, float(g.abs().max())))
+        for n, p in run.model.named_parameters()
+    ]
+    run.take(1)
+    for handle in handles:
+        handle.remove()
+    expected = {name: math.log2(65504 / value) for name, value in seen.items()}
+    assert run.step.headroom == pytest.approx(expected, rel=1e-6)
+
+
+# Snapshots.
+
+
+@pytest.mark.parametrize("name", ["run.pt", "run.safetensors"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_goes_on_from_a_file_bit_for_bit(optimizer, name, tmp_path):
+    run = Run(optimizer, precision="fp16", init_scale=LossScale(512.0, growth_interval=4))
+    run.take(3)
+    path = Snapshot.take(run.step).save(tmp_path / "deep" / name)
+    run.take(4)
+    fresh = Run(optimizer, precision="fp16", init_scale=LossScale(512.0, growth_interval=4))
+    torch.manual_seed(99)
+    Snapshot.load(path).restore(fresh.step)
+    for _ in range(3):
+        fresh.batch()
+    assert fresh.step.steps == 3
+    fresh.take(4)
+    assert_same_bits(fresh.state(), run.state())
+    assert fresh.step.scale == run.step.scale == 1024.0
+
+
+def test_state_dicts_alone_resume_bit_for_bit_too():
+    run, fresh = Run("adam", max_consecutive_skips=3), Run("adam", max_consecutive_skips=3)
+    run.take(2)
+    bad(run)
+    bad(run)
+    parts = ("model", "optimizer", "scheduler", "step")
+    saved = {part: copy.deepcopy(getattr(run, part).state_dict()) for part in parts}
+    for part in parts:
+        getattr(fresh, part).load_state_dict(saved[part])
+    fresh.data.set_state(run.data.get_state())
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        bad(fresh)
+    draws = torch.get_rng_state()
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        bad(run)
+    torch.set_rng_state(draws)
+    run.take(2)
+    torch.set_rng_state(draws)
+    fresh.take(2)
+    assert_same_bits(fresh.state(), run.state())
+
+
+def test_a_write_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
+    run = Run("adam")
+    path = tmp_path / "run.pt"
+    Snapshot.take(run.step).save(path)
+    older = path.read_bytes()
+    run.take(1)
+    monkeypatch.setattr(
+        torch, "save", lambda state, file: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(OutputError, match=r"cannot write .*run\.pt: No space left on device"):
+        Snapshot.take(run.step).save(path)
+    assert path.read_bytes() == older
+    assert os.listdir(tmp_path) == ["run.pt"]
+
+
+def test_a_file_that_is_no_snapshot_is_refused(tmp_path):
+    for name, content in [("a.pt", b"nonsense"), ("b.pt", b""), ("c.safetensors", b"\x08" + bytes(7) + b"{}      ")]:
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"Snapshot\.load"):
+            Snapshot.load(path)
+    torch.save({"other": 1}, tmp_path / "d.pt")
+    with pytest.raises(DataError, match="not a snapshot of version 1"):
+        Snapshot.load(tmp_path / "d.pt")
+    torch.save(Run, tmp_path / "e.pt")  # an object by name: would run code
+    with pytest.raises(DataError, match="cannot be read"):
+        Snapshot.load(tmp_path / "e.pt")
+    with pytest.raises(DataError, match="cannot be read"):
+        Snapshot.load(tmp_path / "absent.pt")
+
+
+def test_a_snapshot_of_another_model_is_refused_before_anything_changes():
+    run = Run("adam")
+    run.take(1)
+    snapshot = Snapshot.take(run.step)
+    other = nn.Linear(5, 3)
+    step = TrainStep(other, "mse", torch.optim.Adam(other.parameters()))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ArgumentError, match=r"another model; '0\.bias' does not fit"):
+        snapshot.restore(step)
+    assert_same_bits(other.state_dict(), before)
+    groups = [{"params": [p]} for p in run.model.parameters()]
+    regrouped = TrainStep(run.model, "mse", torch.optim.Adam(groups))
+    with pytest.raises(ArgumentError, match="other parameters or groups"):
+        snapshot.restore(regrouped)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore'; it must be one of skip, raise, rollback"),
+        ({"on_collapse": "retry"}, "on_collapse is 'retry'; it must be one of skip, raise, fp32_step"),
+        ({"on_collapse": "fp32_step"}, "wants precision 'fp16' or 'bf16', not 'fp32'"),
+        ({"max_consecutive_skips": 0}, "max_consecutive_skips is 0; it must be an int of at least 1"),
+        ({"check_every": 1.5}, r"check_every is 1\.5"),
+        ({"snapshot_every": True}, "snapshot_every is True"),
+        ({"snapshot_path": 7}, "snapshot_path is 7; it must be a path or None"),
+    ],
+)
+def test_wrong_policies_are_refused_in_one_sentence(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        Run(**options)
