@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +19,18 @@ LENGTH = 8
 _COUNTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def absmax(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude of each tensor, Inf or NaN where it holds such; 1-dim float64. No sync."""
+def absmax(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The largest magnitude of each tensor and whether it holds Inf or NaN, 1-dim; float64 and bool. No sync.
+
+    On the CPU the magnitude is that of the finite part.
+    """
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
     if all(tensor.device.type == "cpu" and tensor.dtype in _COUNTED for tensor in tensors):
         counts, extremes, _ = torch.ops.mlpkit.census([tensor.detach() for tensor in tensors], False)
-        finite: Tensor = torch.where(counts[:, :3].any(1), math.inf, extremes[:, 0])
-        return finite
-    largest = torch._foreach_norm([tensor.detach() for tensor in tensors], math.inf)
-    return torch.stack([value.double() for value in largest])
+        return extremes[:, 0], counts[:, :3].any(1)
+    norms = torch.stack([one.double() for one in torch._foreach_norm([t.detach() for t in tensors], math.inf)])
+    return norms, torch.isfinite(norms).logical_not()
 
 
 def bits(value: float, dtype: torch.dtype) -> float:
@@ -42,31 +45,40 @@ def least(headroom: dict[str, float]) -> float | None:
     return min((value for value in headroom.values() if math.isfinite(value)), default=None)
 
 
+class _Row(NamedTuple):
+    names: list[str]
+    values: Tensor
+    bad: Tensor
+    scale: Tensor | float
+
+    def floats(self) -> list[float]:
+        return [math.inf if bad else value for value, bad in zip(self.values.tolist(), self.bad.tolist())]
+
+
 class AbsmaxHistory:
     """The absmax of every gradient in the last steps, scaled as it was; kept on the device until somebody asks."""
 
     def __init__(self, length: int = LENGTH) -> None:
-        self._rows: deque[tuple[list[str], Tensor, Tensor | float]] = deque(maxlen=length)
+        self._rows: deque[_Row] = deque(maxlen=length)
 
     def add(self, names: list[str], gradients: Sequence[Tensor], scale: Tensor | float) -> None:
         """Remember one step's gradients, as they were computed under this loss scale."""
-        self._rows.append((names, absmax(gradients), scale.clone() if isinstance(scale, Tensor) else scale))
+        self._rows.append(_Row(names, *absmax(gradients), scale.clone() if isinstance(scale, Tensor) else scale))
 
     def last(self) -> Tensor:
         """The last step's values, unscaled. No sync."""
-        _, values, scale = self._rows[-1]
-        return values / scale
+        return self._rows[-1].values / self._rows[-1].scale
 
     def of(self, name: str) -> tuple[float, ...]:
-        """This gradient's values, oldest first, the last step's at the end. Syncs."""
-        return tuple(float(values[names.index(name)]) for names, values, _ in self._rows if name in names)
+        """This gradient's values, oldest first, the last step's at the end; Inf where it held Inf or NaN. Syncs."""
+        return tuple(row.floats()[row.names.index(name)] for row in self._rows if name in row.names)
 
     def headroom(self, dtype: torch.dtype) -> dict[str, float]:
-        """Bits below the dtype's limit of each gradient at the last step. Syncs."""
+        """Bits below the dtype's limit of each gradient at the last step, NaN where it held Inf or NaN. Syncs."""
         if not self._rows:
             return {}
-        names, values, _ = self._rows[-1]
-        return {name: bits(value, dtype) for name, value in zip(names, values.tolist())}
+        row = self._rows[-1]
+        return {name: bits(value, dtype) for name, value in zip(row.names, row.floats())}
 
 
 def nature(where: str, scale: float, at_floor: bool) -> str:
