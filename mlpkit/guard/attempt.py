@@ -136,7 +136,7 @@ def _with_gradients(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, 
     """(parameter, its gradient's values) of those that have one."""
     for parameter in parameters_of(optimizer):
         if parameter.grad is not None:
-            yield parameter, dense(parameter.grad)
+            yield parameter, dense(census.local(parameter.grad))
 
 
 def dense(gradient: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlpkit.guard.census import Readings
+from mlpkit.guard.census import Readings, local
 from mlpkit.guard.state import parameters_of
 
 LARGEST = 2.0**40
@@ -38,8 +38,9 @@ def add_readings(readings: Readings, optimizer: torch.optim.Optimizer) -> None:
     counts: list[Tensor] = []
     for entries in optimizer.state.values():
         for key, value in entries.items():
-            if not isinstance(value, Tensor) or not value.numel():
+            if not isinstance(value, Tensor) or not local(value).numel():
                 continue
+            value = local(value)
             if key not in _NOT_NEGATIVE:
                 tensors.append(value)
             elif value.dim() == 0:

@@ -20,6 +20,7 @@ from mlpkit.errors import ArgumentError, DtypeError
 from mlpkit.guard import headroom
 from mlpkit.guard.aftermath import Follower
 from mlpkit.guard.attempt import Attempt, Verdict, dense
+from mlpkit.guard.census import local
 from mlpkit.guard.checks import check_settings
 from mlpkit.guard.culprit import bad_state, bad_state_error, parameter_names
 from mlpkit.guard.gate import Gate
@@ -270,7 +271,7 @@ class GradScaler(torch.amp.GradScaler):
         if self._enabled and self._stage(optimizer) is OptState.READY and self._scale is not None:
             kept = self._kept(optimizer)
             names = self._names_of(optimizer)
-            pairs = [(p, dense(p.grad)) for p in parameters_of(optimizer) if p.grad is not None]
+            pairs = [(p, dense(local(p.grad))) for p in parameters_of(optimizer) if p.grad is not None]
             for parameter, gradient in pairs:
                 if gradient.is_complex():
                     raise DtypeError(

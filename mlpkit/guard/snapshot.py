@@ -125,6 +125,7 @@ class Snapshot:
                     os.fsync(written.fileno())
                 if before_it_appears is not None:
                     before_it_appears()
+                os.chmod(name, 0o644)
                 os.replace(name, target)
             except BaseException:
                 os.unlink(name)
