@@ -6,7 +6,7 @@ import inspect
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeGuard
@@ -153,16 +153,14 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer, *args, **kwargs)
         self._check_scale_growth_tracker("step")
         self._warn_once()
-        check_settings(optimizer, _OWNER)
-        if _scales_itself(optimizer):
-            return self._attempt(optimizer, partial(super().step, optimizer, *args, **kwargs))
-        if self._stage(optimizer) is OptState.READY:
-            self._unscale(optimizer, by_caller=False)
-        if not self._found_inf_per_device(optimizer):
-            raise AssertionError("No inf checks were recorded for this optimizer.")
-        value = self._attempt(optimizer, partial(optimizer.step, *args, **kwargs))
-        self._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
-        return value
+        try:
+            check_settings(optimizer, _OWNER)
+            if _scales_itself(optimizer):
+                return self._attempt(optimizer, partial(super().step, optimizer, *args, **kwargs))
+            return self._step(optimizer, partial(optimizer.step, *args, **kwargs))
+        except BaseException:
+            self._abandon(optimizer)
+            raise
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """As torch's, within floor and ceiling; then the policies act. Raises NonFiniteError where they say so."""
@@ -184,6 +182,24 @@ class GradScaler(torch.amp.GradScaler):
 
     # What is behind them.
 
+    def _step(self, optimizer: torch.optim.Optimizer, update: Callable[[], Any]) -> float | None:
+        if self._stage(optimizer) is OptState.READY:
+            self._unscale(optimizer, by_caller=False)
+        if not self._found_inf_per_device(optimizer):
+            raise AssertionError("No inf checks were recorded for this optimizer.")
+        value = self._attempt(optimizer, update)
+        self._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
+        return value
+
+    def _abandon(self, optimizer: torch.optim.Optimizer) -> None:
+        """After an error: buffers go back, and the next iteration begins afresh though nobody called ``update``."""
+        if self._gate is not None and self._gate.open:
+            self._gate.buffers.restore()
+            self._gate.close()
+        self._losses.clear()
+        self._iteration = []
+        self._per_optimizer_states.pop(id(optimizer), None)
+
     def _finish(self, scale: float, skips: list[SkipRecord]) -> None:
         step, self.steps = self.steps, self.steps + 1
         record = skips[0] if skips else None
@@ -196,7 +212,7 @@ class GradScaler(torch.amp.GradScaler):
         self.skipped += bool(skips)
         self._follower.follow(self.steps, record)
 
-    def _attempt(self, optimizer: torch.optim.Optimizer, update: Any) -> float | None:
+    def _attempt(self, optimizer: torch.optim.Optimizer, update: Callable[[], Any]) -> float | None:
         kept = self._kept(optimizer)
         names = self._names_of(optimizer)
         attempt = Attempt(optimizer, update, names, kept.saved, self._ranks, tuple(self._losses))

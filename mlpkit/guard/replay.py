@@ -96,6 +96,7 @@ def _watched(model: nn.Module, batch: MicroBatch, autocast: Autocast) -> Finding
             handle.remove()
         for module in model.modules():
             # FSDP2 leaves its root whole after a forward, for a backward that does not come.
-            if hasattr(module, "reshard"):
-                module.reshard()
+            reshard: Any = getattr(module, "reshard", None)
+            if reshard is not None:
+                reshard()
     return next(iter(found + infinite), None)
