@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mlpkit.guard.ranks import unwrapped
 from mlpkit.guard.state import Buffers
 
 
@@ -19,7 +20,7 @@ class Gate:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.buffers = Buffers(model)
+        self.buffers = Buffers(unwrapped(model))
         self.open = False
         self._model = model
         self._versions: list[tuple[Tensor, int]] = []

@@ -41,8 +41,9 @@ def bits(value: float, dtype: torch.dtype) -> float:
 
 
 def least(headroom: dict[str, float]) -> float | None:
-    """The fewest bits of any tensor; None where none is finite."""
-    return min((value for value in headroom.values() if math.isfinite(value)), default=None)
+    """The fewest bits of any tensor; None where one holds Inf or NaN, or all are zero."""
+    bits = min(headroom.values(), default=math.nan, key=lambda value: -math.inf if math.isnan(value) else value)
+    return bits if math.isfinite(bits) else None
 
 
 class _Row(NamedTuple):
