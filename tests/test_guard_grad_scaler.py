@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from guard_runs import OPTIMIZERS, all_finite, assert_same_bits
+from guard_runs import OPTIMIZERS, all_finite, assert_same_bits, poison
 from torch import nn
 
 from mlpkit.errors import ArgumentError, DtypeError, NonFiniteError
@@ -116,7 +116,11 @@ def test_with_a_model_culprits_have_names_and_buffers_come_back():
     loop.take(x * 1e30, y)
     assert_same_bits(loop.state(), before)
     record = loop.scaler.records[0]
-    assert (record.culprit, record.nature) == ("0.weight", "collapse")
+    assert (record.culprit, record.where, record.nature) == ("forward of 0", "forward", "collapse")
+    x, y = loop.batch()
+    loop.take(poison(torch.nan)(x), y)
+    record = loop.scaler.records[1]
+    assert (record.culprit, record.nature, record.count, record.first_index) == ("inputs", "data", 1, 3 * 5 + 2)
     assert loop.scaler.get_scale() == 65536.0  # no scale would have helped
     stock = Loop(STOCK)
     stock.take(x * 1e30, y)
@@ -374,6 +378,30 @@ def test_two_optimizers_and_two_losses_share_one_scale():
     assert scaler.get_scale() == 32768.0
 
 
+def test_a_bad_forward_is_found_among_several_whatever_arguments_it_took():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.calls = 0
+
+        def forward(self, x, *, gain):
+            self.calls += 1
+            return self.second(torch.relu(self.first(x)) * gain)
+
+    model = Named()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = GradScaler("cpu", model=model)
+    drawn = torch.get_rng_state()
+    for gain in (1.0, torch.inf, 2.0):
+        scaler.scale(model(torch.ones(2, 3), gain=gain).square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.records[0].culprit == "forward of second"
+    assert model.calls == 3  # a stand-in was run again, not the model
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
 def test_accumulated_gradients_keep_the_buffers_of_the_first_forward():
     loop = Loop()
     loop.take()
@@ -434,7 +462,7 @@ def test_policies_of_the_scaler_act_in_update():
     loop.take(spoil=lambda loop: loop.model[3].bias.grad.fill_(torch.nan))
     x, y = loop.batch()
     with pytest.raises(NonFiniteError, match="The forward itself held it"):
-        loop.take(x * torch.nan, y)
+        loop.take(x * 3e5, y)
     loop = Loop(max_consecutive_skips=2)
     loop.take(spoil=lambda loop: loop.model[3].bias.grad.fill_(torch.nan))
     with pytest.raises(NonFiniteError, match=r"2 steps in a row were skipped \(max_consecutive_skips=2\)"):

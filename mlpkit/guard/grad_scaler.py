@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 import weakref
 from collections import deque
@@ -20,7 +21,7 @@ from mlpkit.errors import ArgumentError, DtypeError
 from mlpkit.guard import headroom
 from mlpkit.guard.aftermath import Follower
 from mlpkit.guard.attempt import Attempt, Verdict, dense
-from mlpkit.guard.census import local
+from mlpkit.guard.census import first_bad, local
 from mlpkit.guard.checks import check_settings
 from mlpkit.guard.culprit import bad_state, bad_state_error, parameter_names
 from mlpkit.guard.gate import Gate
@@ -244,44 +245,51 @@ class GradScaler(torch.amp.GradScaler):
 
     def _record(self, verdict: Verdict, optimizer: torch.optim.Optimizer, kept: _Optimizer) -> SkipRecord:
         where, finding = verdict
-        scale = self.get_scale()
-        bad_loss = next((loss for loss in self._losses if not bool(torch.isfinite(loss).all())), None)
-        loss = bad_loss if bad_loss is not None else next(reversed(self._losses), torch.tensor(torch.nan))
-        nature = headroom.nature(where, scale, scale <= self._floor)
-        note = ""
-        if where == "gradient" and bad_loss is not None:
-            nature, note = "collapse", "The loss itself was not finite: no scale can help."
+        culprit, note, scale = finding.name, "", self.get_scale()
+        bad_loss = first_bad(("loss", loss) for loss in self._losses)
+        if bad_loss and where in ("gradient", "loss"):
+            if self._gate is not None and self._ranks is not None and self._ranks.alone:
+                place, name, origin, note = self._gate.culprit(bad_loss)
+                if place != "loss":
+                    where, culprit, finding = place, name, origin
+            if where == "gradient":
+                note = f"The loss itself was not finite: no scale can help. {note}".strip()
         elif where == "norm":
             note = "Clipping by it made every gradient zero."
         elif where == "gradient" and scale <= self._floor:
             note = "The scale is at its floor: these gradients overflow without its help."
-        saved = len(parameters_of(optimizer))
+        nature = headroom.nature("loss" if bad_loss and where == "gradient" else where, scale, scale <= self._floor)
         event = announce("skip", step=self.steps)
-        record = SkipRecord(
-            self.steps,
-            finding.name,
-            where,
-            finding.kind,
-            finding.count,
-            finding.nans,
-            finding.infs,
-            finding.shape,
-            finding.tensors,
-            scale,
-            float(loss.max()),
-            0,
-            saved,
-            note,
-            finding.first_index,
-            nature,
-            kept.absmax.of(finding.name),
-            self._ranks.guilty if self._ranks else None,
-            event.get("module"),
-            event.get("op"),
-            event.get("cause"),
+        saved = len(parameters_of(optimizer))
+        announce("step", step=self.steps, skipped=True, culprit=culprit, scale=scale, parameters=saved)
+        return SkipRecord(
+            step=self.steps,
+            culprit=culprit,
+            where=where,
+            kind=finding.kind,
+            count=finding.count,
+            nans=finding.nans,
+            infs=finding.infs,
+            shape=finding.shape,
+            tensors=finding.tensors,
+            scale=scale,
+            loss=self._worst_loss(),
+            micro_batch=0,
+            parameters=saved,
+            note=note,
+            first_index=finding.first_index,
+            nature=nature,
+            absmax=kept.absmax.of(culprit),
+            rank=self._ranks.guilty if self._ranks else None,
+            module=event.get("module"),
+            op=event.get("op"),
+            cause=event.get("cause"),
         )
-        announce("step", step=self.steps, skipped=True, culprit=record.culprit, scale=scale, parameters=saved)
-        return record
+
+    def _worst_loss(self) -> float:
+        """The first loss that is not finite, else the last one."""
+        losses = [float(loss) for loss in self._losses] or [math.nan]
+        return next((loss for loss in losses if not math.isfinite(loss)), losses[-1])
 
     def _unscale(self, optimizer: torch.optim.Optimizer, *, by_caller: bool) -> None:
         if self._enabled and self._stage(optimizer) is OptState.READY and self._scale is not None:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,13 @@ from torch.utils._pytree import tree_leaves
 from mlpkit.guard.census import Finding, first_bad
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+class Arguments(NamedTuple):
+    """Of one call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -29,6 +36,8 @@ class MicroBatch:
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """``model(**inputs)`` for a dict, ``model(*inputs)`` for a tuple or list, else ``model(inputs)``."""
+    if isinstance(inputs, Arguments):
+        return model(*inputs.args, **inputs.kwargs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
