@@ -41,7 +41,8 @@ struct MlpDevice {
 struct MlpPlan {
   int deep, high;    // tiles of columns and of rows that a warp multiplies from registers; names the kernel's instance
   int teams;         // 1, 2, 4 or 8
-  bool resident;     // weights stay in shared memory; otherwise 16 columns a warp come in at a time
+  bool resident;     // weights stay in shared memory; otherwise panels of 16 columns come in, so many at a time
+  int panels;        // at most one for each warp of a team
   bool shared_sums;  // gradients of the weights add up in shared memory; otherwise in the block's part itself
   int blocks;
   int64_t row_blocks;
@@ -112,7 +113,7 @@ inline int lay_out_memory(const MlpShape& shape, MlpPlan& plan) {
     plan.bias[i] = memory.take(out * 16 * 4);
   }
   plan.panel_bytes = widest * kTileBytes;
-  plan.stage = plan.resident ? 0 : memory.take(plan.warps_of_team() * plan.panel_bytes);
+  plan.stage = plan.resident ? 0 : memory.take(plan.panels * plan.panel_bytes);
   // Eight more than the columns: rows that a warp writes at once fall into different banks.
   plan.logits_stride = 16 * tiles_of(shape.widths[shape.layers]) + 8;
   plan.logits = shape.loss ? memory.take(16 * row_tiles * plan.logits_stride * 4) : 0;
@@ -122,39 +123,72 @@ inline int lay_out_memory(const MlpShape& shape, MlpPlan& plan) {
   return plan.shared_bytes;
 }
 
+// Whether the plan's teams and residency fit; then everything else is filled in.
+inline bool fits(const MlpShape& shape, const MlpDevice& device, bool wants_shared_sums, MlpPlan& plan) {
+  plan.row_blocks = (shape.rows + plan.block_rows() - 1) / plan.block_rows();
+  // One round of rows a block has nothing to add up.
+  const bool adds_up = shape.gradients && plan.row_blocks > device.multiprocessors;
+  plan.shared_sums = adds_up && wants_shared_sums;
+  if (plan.shared_sums && plan.floats * 4 > device.shared_bytes) return false;
+  plan.panels = plan.warps_of_team();
+  while (lay_out_memory(shape, plan) > device.shared_bytes) {
+    if (plan.resident || plan.panels == 1) return false;
+    plan.panels /= 2;
+  }
+  const bool two = plan.deep == 4 && plan.shared_bytes + 1024 <= (device.shared_bytes + 1024) / 2;
+  const int64_t most = int64_t{device.multiprocessors} * (two ? 2 : 1);
+  plan.blocks = static_cast<int>(plan.row_blocks < most ? plan.row_blocks : most);
+  return true;
+}
+
+// Clocks that the busiest multiprocessor needs, roughly: the larger of what shared memory and what the tensor cores take
+// for a block of rows, what comes from and goes to L2 at 64 bytes a clock, and a latency for every layer and every time
+// that all wait for L2.
+inline double clocks(const MlpShape& shape, const MlpDevice& device, const MlpPlan& plan) {
+  double parameters = 0.0, columns = 0.0, stages = 0.0;
+  for (int i = 0; i < shape.layers; ++i) {
+    parameters += kTileElements * static_cast<double>(tiles_of(shape.widths[i])) * tiles_of(shape.widths[i + 1]);
+    columns += 16.0 * tiles_of(shape.widths[i]);
+    stages += (tiles_of(shape.widths[i + 1]) + plan.panels - 1) / plan.panels;
+  }
+  const double passes = shape.gradients ? 2.0 : 1.0, rows = plan.block_rows();
+  const double tensor = rows * parameters * (shape.gradients ? 3.0 : 1.0) / 1270.0;
+  // Weights once a team and pass; rows once a warp that shares them, and twice for the gradients of the weights.
+  const double by_weights = 2.0 * parameters * plan.teams * passes;
+  const double by_rows = 2.0 * rows * columns * ((plan.warps_of_team() + 1) * passes + (shape.gradients ? 8.0 : 0.0));
+  const double shared = (by_weights + by_rows + (plan.shared_sums ? 8.0 * parameters : 0.0)) / 128.0;
+  const bool adds_up = shape.gradients && !plan.shared_sums && plan.row_blocks > device.multiprocessors;
+  const double from_l2 = (plan.resident ? 0.0 : 4.0 * parameters * passes) + (adds_up ? 8.0 * parameters : 0.0);
+  const double waits = (plan.resident ? 0.0 : stages * passes) + (adds_up ? shape.layers : 0.0);
+  const double latency =
+      (600.0 * shape.layers * passes + 1500.0 * waits) / (plan.blocks > device.multiprocessors ? 2 : 1);
+  const int64_t rounds = (plan.row_blocks + device.multiprocessors - 1) / device.multiprocessors;
+  return static_cast<double>(rounds) * ((tensor > shared ? tensor : shared) + from_l2 / 64.0 + latency);
+}
+
 }  // namespace plan
 
-// Fills the plan; false where even 16 rows do not fit the shared memory.
-// Weights in shared memory come first, then sums there, then many rows a block, as long as every multiprocessor has
-// some.
+// Fills the plan with the cheapest layout that fits; false where even 16 rows do not fit the shared memory.
 inline bool plan_mlp(const MlpShape& shape, const MlpDevice& device, MlpPlan& plan) {
   int widest = 0;
   for (int i = 0; i <= shape.layers; ++i)
     widest = widest > tiles_of(shape.widths[i]) ? widest : tiles_of(shape.widths[i]);
-  plan.deep = widest <= 4 ? 4 : widest <= 8 ? 8 : 16;
-  plan.high = plan.deep == 16 ? 1 : 2;
-  plan::lay_out_gradients(shape, plan);
-  const int64_t rows_of_team = 16 * plan.high;
-  int most_teams = kMlpWarps;
-  while (most_teams > 1 && (shape.rows + rows_of_team * most_teams - 1) / (rows_of_team * most_teams) < device.multiprocessors)
-    most_teams /= 2;
-  for (int choice = 0; choice < 4; ++choice) {
-    plan.resident = choice < 2;
-    const bool wants_shared_sums = choice % 2 == 0;
-    for (plan.teams = most_teams; plan.teams >= 1; plan.teams /= 2) {
-      plan.row_blocks = (shape.rows + plan.block_rows() - 1) / plan.block_rows();
-      // One round of rows a block has nothing to add up.
-      const bool adds_up = shape.gradients && plan.row_blocks > device.multiprocessors;
-      plan.shared_sums = adds_up && wants_shared_sums && plan.floats * 4 <= device.shared_bytes;
-      if (adds_up && wants_shared_sums && !plan.shared_sums) continue;
-      if (plan::lay_out_memory(shape, plan) > device.shared_bytes) continue;
-      const bool two = plan.deep == 4 && plan.shared_bytes + 1024 <= (device.shared_bytes + 1024) / 2;
-      const int64_t most = int64_t{device.multiprocessors} * (two ? 2 : 1);
-      plan.blocks = static_cast<int>(plan.row_blocks < most ? plan.row_blocks : most);
-      return true;
+  MlpPlan tried{};
+  tried.deep = widest <= 4 ? 4 : widest <= 8 ? 8 : 16;
+  tried.high = tried.deep == 16 ? 1 : 2;
+  plan::lay_out_gradients(shape, tried);
+  double least = -1.0;
+  for (int choice = 0; choice < 4; ++choice)
+    for (int teams = kMlpWarps; teams >= 1; teams /= 2) {
+      tried.teams = teams;
+      tried.resident = choice < 2;
+      if (!plan::fits(shape, device, choice % 2 == 0, tried)) continue;
+      const double cost = plan::clocks(shape, device, tried);
+      if (least >= 0.0 && cost >= least) continue;
+      least = cost;
+      plan = tried;
     }
-  }
-  return false;
+  return least >= 0.0;
 }
 
 }  // namespace mlpkit::cuda

@@ -131,11 +131,11 @@ class Pass {
     const int panel = plan_.panel_bytes / static_cast<int>(sizeof(T));
     Operand a;
     load_rows(slot(from), deep, a);
-    for (int first = 0; first < wide; first += split_) {
-      const int c = first + member_;
+    for (int first = 0; first < wide; first += plan_.panels) {
+      const int c = member_ < plan_.panels ? first + member_ : wide;
       if (!plan_.resident) {
         device::sync();
-        for (int n = 0; n < split_ && first + n < wide; ++n)
+        for (int n = 0; n < plan_.panels && first + n < wide; ++n)
           fill_tiles(stage + n * panel, transposed ? out : 1, transposed ? 1 : in, weight(i),
                      transposed ? 0 : (first + n) * 16, transposed ? (first + n) * 16 : 0);
         device::sync();

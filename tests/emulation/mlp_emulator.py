@@ -14,8 +14,7 @@ from mlpkit.reference import ACTIVATIONS
 
 LOSSES = ("cross_entropy", "bce", "mse", "l1", "huber", "log_mse")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
-PLAN = ("blocks", "floats", "deep", "high", "teams", "resident", "shared_sums", "shared_bytes", "row_blocks")
-FEATURES = ("relu", "identity")  # activations whose outputs tell the slopes, as far as there is no dropout
+PLAN = ("blocks", "floats", "deep", "high", "teams", "resident", "shared_sums", "shared_bytes", "row_blocks", "panels")
 
 
 class _Network(ctypes.Structure):

@@ -38,15 +38,16 @@ void set_layers(cuda::MlpLayer* to, const Network& network) {
 
 extern "C" {
 
-// plan: blocks, floats of a part, deep, high, teams, resident, shared_sums, bytes of shared memory, blocks of rows.
+// plan: blocks, floats of a part, deep, high, teams, resident, shared_sums, bytes of shared memory, blocks of rows,
+// panels.
 int emulate_mlp_plan(int layers, const int* widths, int64_t rows, int gradients, int keeps_slopes, int loss,
                      int multiprocessors, int shared_bytes, int64_t* plan) {
   const cuda::MlpShape shape = shape_of(layers, widths, rows, gradients, keeps_slopes, loss);
   cuda::MlpPlan made{};
   if (cuda::mlp_obstacle(shape) || !cuda::plan_mlp(shape, {multiprocessors, shared_bytes}, made)) return 1;
   const int64_t numbers[] = {made.blocks, made.floats,       made.deep,        made.high,      made.teams,
-                             made.resident, made.shared_sums, made.shared_bytes, made.row_blocks};
-  for (int i = 0; i < 9; ++i) plan[i] = numbers[i];
+                             made.resident, made.shared_sums, made.shared_bytes, made.row_blocks, made.panels};
+  for (int i = 0; i < 10; ++i) plan[i] = numbers[i];
   return 0;
 }
 
