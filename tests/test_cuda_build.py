@@ -13,8 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # What a build without TORCH_CUDA_ARCH_LIST makes, and what the element-wise kernels promise besides.
 DEVICES = {"sm_80": ("compute_80", "sm_80"), "sm_90a": ("compute_90a", "sm_90a"), "sm_75": ("compute_75", "sm_75")}
-# Registers a thread may have so that as many blocks fit a multiprocessor as the kernel was written for.
-REGISTERS = {"forward": 64, "backward": 80, "sum_rows": 128, "sum_row": 64}
+# Registers a thread may have so that as many blocks fit a multiprocessor as the kernel was written for. Keys are patterns
+# of mangled names.
+REGISTERS = {
+    "7forwardI": 64,
+    "8backwardI": 80,
+    "8sum_rowsI": 128,
+    "7sum_rowI": 64,
+    "9pass_rowsI.*ELi4ELi2E": 128,
+    "9pass_rowsI.*ELi(8ELi2|16ELi1)E": 255,
+    "9add_partsE": 128,
+    "13update_or_notE": 128,
+}
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +71,7 @@ def test_kernels_stay_within_their_registers(compiled):
     found = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", report, flags=re.DOTALL)
     assert len(found) == report.count("Compiling entry function") > 0
     for name, registers in found:
-        limits = [limit for kernel, limit in REGISTERS.items() if f"{len(kernel)}{kernel}I" in name]
+        limits = [limit for kernel, limit in REGISTERS.items() if re.search(kernel, name)]
         assert len(limits) == 1, f"{name} has no register limit in this file"
         assert int(registers) <= limits[0], f"{name} uses {registers} registers, it was written for {limits[0]}"
 
@@ -114,6 +124,18 @@ def test_global_memory_is_read_and_written_16_bytes_at_a_time(compiled):
         if "7forward" in name or "8backward" in name:
             assert re.search(r"\bLDG\.E\.128", body), name
             assert re.search(r"\bSTG\.E\.128", body), name
+
+
+def test_a_small_network_is_multiplied_by_tensor_cores_out_of_shared_memory(compiled):
+    objects, _ = compiled
+    if objects[0].parent.name.startswith("sm_75"):
+        pytest.skip("tensor cores of bfloat16 begin with compute capability 8.0")
+    passes = {name: body for name, body in _sass(objects).items() if "9pass_rowsI" in name}
+    assert len(passes) == 6
+    for name, body in passes.items():
+        assert re.search(r"\bHMMA\.16816\.F32" + (r"\.BF16" if "BFloat16" in name else r"\b(?!\.BF16)"), body), name
+        for instruction in (r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"LDG\.E\.128", r"STG\.E\.128", r"STS\.128"):
+            assert re.search(rf"\b{instruction}", body), f"{name} has no {instruction}"
 
 
 def test_a_cuda_build_registers_its_kernels():

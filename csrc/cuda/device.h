@@ -156,7 +156,13 @@ MLPKIT_DEVICE void store_bits16_once(void* to, const Bits16& from) {
 }
 
 // What follows is made of instructions that begin with compute capability 8.0; a kernel that uses it stops on older
-// devices, and its launch function must not come to that.
+// devices, and its launch function must not come to that. kTensorCores: whether the code is compiled for one that has
+// them.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+constexpr bool kTensorCores = true;
+#else
+constexpr bool kTensorCores = false;
+#endif
 
 MLPKIT_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

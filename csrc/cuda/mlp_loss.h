@@ -1,5 +1,5 @@
-// The loss of a block's rows and its slopes by the outputs (cuda). Eight lanes share a row, two adjacent columns of every
-// sixteen each, so that a slope pair is one word of a tile.
+// The loss of a block's rows and its slopes by the outputs (cuda). Eight lanes share a row, two adjacent columns of
+// every sixteen each, so that a slope pair is one word of a tile.
 #pragma once
 #include "core/loss.h"
 #include "cuda/mlp_step.h"
@@ -26,12 +26,12 @@ MLPKIT_DEVICE float top_of_row(float value) {
 
 struct LossRow {
   const MlpLoss& loss;
-  float* logits;    // of this row, in shared memory
+  float* logits;  // of this row, in shared memory
   int outputs;
-  int first;        // column of this lane's first pair; the next is 16 further
-  float scale;      // of the slopes
-  int64_t row;      // of the batch
-  bool counts;      // inside the batch
+  int first;    // column of this lane's first pair; the next is 16 further
+  float scale;  // of the slopes
+  int64_t row;  // of the batch
+  bool counts;  // inside the batch
 
   template <class Body>  // body(column, logit) for every column of this lane
   MLPKIT_DEVICE void each(Body&& body) const {

@@ -4,8 +4,8 @@
 // the warps of a team share out the columns of a layer. Everything that is multiplied lies in shared memory as tiles of
 // 16x16 elements of 512 bytes (mlp_tile.h), of bf16 or f16; widths count in tiles.
 //
-// Napkin for an H200 (132 multiprocessors at 1.75 GHz, 128 bytes a clock of shared memory and about 1270 multiply-adds a
-// clock by mma.sync on each, 4.3 TB/s), P parameters, B rows:
+// Napkin for an H200 (132 multiprocessors at 1.75 GHz, 128 bytes a clock of shared memory and about 1270 multiply-adds
+// a clock by mma.sync on each, 4.3 TB/s), P parameters, B rows:
 //   inference   bytes B (4 in + 2 out), FLOPs 2 P B, 1 launch. 64-64-64-64-64-16, B 2^21: 0.34 GB of bf16 = 78 us
 //               (0.16 ms of f32); tensor cores 107 us; shared memory 34 KB a weight pass of 32 rows + 24 KB = 120 us:
 //               floor 120 us, 17e9 rows/s.
@@ -141,9 +141,9 @@ inline bool fits(const MlpShape& shape, const MlpDevice& device, bool wants_shar
   return true;
 }
 
-// Clocks that the busiest multiprocessor needs, roughly: the larger of what shared memory and what the tensor cores take
-// for a block of rows, what comes from and goes to L2 at 64 bytes a clock, and a latency for every layer and every time
-// that all wait for L2.
+// Clocks that the busiest multiprocessor needs, roughly: the larger of what shared memory and what the tensor cores
+// take for a block of rows, what comes from and goes to L2 at 64 bytes a clock, and a latency for every layer and every
+// time that all wait for L2.
 inline double clocks(const MlpShape& shape, const MlpDevice& device, const MlpPlan& plan) {
   double parameters = 0.0, columns = 0.0, stages = 0.0;
   for (int i = 0; i < shape.layers; ++i) {

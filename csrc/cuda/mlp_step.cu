@@ -141,8 +141,7 @@ class Pass {
         device::sync();
       }
       if (c >= wide) continue;
-      const T* tiles = !plan_.resident ? stage + member_ * panel
-                                       : resident + (transposed ? c : c * in) * kTileElements;
+      const T* tiles = !plan_.resident ? stage + member_ * panel : resident + (transposed ? c : c * in) * kTileElements;
       float acc[kHigh][2][4];
       multiply<transposed>(a, deep, tiles, transposed && plan_.resident ? in : 1, acc);
       // What follows a product is long: its code is there once, not for each row tile.
@@ -158,7 +157,7 @@ class Pass {
 
   MLPKIT_DEVICE void forward(int i) {
     const bool last = i + 1 == p_.layers;
-    product<false>(i, i, [&](int c, int row_tile, float(&z)[2][4]) {
+    product<false>(i, i, [&](int c, int row_tile, float (&z)[2][4]) {
       const float* biases = floats(plan_.bias[i]) + c * 16 + lane_ % 4 * 2;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
@@ -170,8 +169,9 @@ class Pass {
       if (last)
         put_out(c, row_tile, place, z);
       else
-        visit_activation(p_.activation,
-                         [&](auto formula) { activate<decltype(formula)>(i, row_tile, place, draw(i, c, row_tile), z); });
+        visit_activation(p_.activation, [&](auto formula) {
+          activate<decltype(formula)>(i, row_tile, place, draw(i, c, row_tile), z);
+        });
     });
     sync_team();
   }
@@ -187,7 +187,8 @@ class Pass {
     dropout.seed = static_cast<uint64_t>(seed);
     dropout.offset = static_cast<uint32_t>(offset);
     dropout.stream = static_cast<uint32_t>(i);
-    return mask_words(dropout, static_cast<uint64_t>(first_row_ / 16 + row_tile) * tiles_of(p_.layer[i].out) + c, lane_);
+    return mask_words(dropout, static_cast<uint64_t>(first_row_ / 16 + row_tile) * tiles_of(p_.layer[i].out) + c,
+                      lane_);
   }
 
   // The row within the block of word j of a row tile.
@@ -244,8 +245,8 @@ class Pass {
     const int outputs = p_.layer[p_.layers - 1].out, wide = tiles_of(outputs);
     const int thread = static_cast<int>(device::thread_index());
     for (int r = thread / kLossLanes; r < plan_.block_rows(); r += kLossRows) {
-      const LossRow row{p_.loss,     floats(plan_.logits) + r * plan_.logits_stride,
-                        outputs,     thread % kLossLanes * 2,
+      const LossRow row{p_.loss,      floats(plan_.logits) + r * plan_.logits_stride,
+                        outputs,      thread % kLossLanes * 2,
                         slope_scale_, first_row_ + r,
                         r < rows_};
       T* tile_row = p_.parts ? slot(p_.layers) + r / 16 * wide * kTileElements + r % 16 / 8 * 64 + r % 8 * 8 : nullptr;
@@ -262,7 +263,7 @@ class Pass {
       device::sync();
       if (i == 0) return;
       const int wide = tiles_of(p_.layer[i].in);
-      product<true>(i, i + 1, [&](int c, int row_tile, const float(&dy)[2][4]) {
+      product<true>(i, i + 1, [&](int c, int row_tile, const float (&dy)[2][4]) {
         deactivate(i - 1, (row_tile * wide + c) * kTileElements + static_cast<int>(lane_) * 2, dy);
       });
       device::sync();
@@ -382,7 +383,7 @@ class Pass {
 template <class T, int kDeep, int kHigh>
 MLPKIT_KERNEL(kMlpThreads, kDeep == 4 ? 2 : 1)
 pass_rows(const MlpPass pass, const MlpPlan plan) {
-  Pass<T, kDeep, kHigh>(pass, plan).run();
+  if constexpr (device::kTensorCores) Pass<T, kDeep, kHigh>(pass, plan).run();
 }
 
 template <class T>
@@ -396,6 +397,7 @@ cudaError_t launch_pass(const MlpPass& pass, const MlpPlan& plan, cudaStream_t s
 }  // namespace
 
 cudaError_t mlp_pass(const MlpPass& pass, const MlpPlan& plan, cudaStream_t stream) {
+  if (device::capability() < 80) return cudaErrorNoKernelImageForDevice;
   if (pass.dtype == Dtype::bfloat16) return launch_pass<BFloat16>(pass, plan, stream);
   return launch_pass<Half>(pass, plan, stream);
 }

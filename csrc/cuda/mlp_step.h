@@ -52,8 +52,8 @@ struct MlpPass {
   int64_t rows;
   const void* x;  // [rows, in]: float32, or dtype
   bool x_is_single;
-  const int64_t* seed;      // seed and offset, or nullptr without dropout
-  void* y;                  // [rows, out] of dtype, or nullptr
+  const int64_t* seed;  // seed and offset, or nullptr without dropout
+  void* y;              // [rows, out] of dtype, or nullptr
   bool has_loss;
   MlpLoss loss;
   const float* loss_scale;  // or nullptr for 1
@@ -89,8 +89,8 @@ struct MlpUpdate {
   MlpLayer layer[kMlpLayers];
   int64_t dweight[kMlpLayers], dbias[kMlpLayers];
   int parts, parameters, groups;
-  int64_t floats;      // of a part
-  int64_t quads;       // of all gradients: groups of four floats
+  int64_t floats;  // of a part
+  int64_t quads;   // of all gradients: groups of four floats
   int64_t rows, outputs;
   bool mean, by_counted;  // of the loss
   const float* part;
@@ -102,7 +102,7 @@ struct MlpUpdate {
   double clip_norm;  // 0: none
   float* gradients;  // [quads, 4]
   double* squares;   // [reduce blocks]
-  uint32_t* bad;          // likewise: state or parameters that an update could overflow
+  uint32_t* bad;     // likewise: state or parameters that an update could overflow
   MlpControl* control;
   int64_t* seed;  // its offset moves on by one
   float* loss_scale;

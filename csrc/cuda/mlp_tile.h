@@ -1,15 +1,15 @@
 // Tiles of 16x16 elements in shared memory, and how a warp multiplies them (cuda).
 //
 // A tile is four blocks of 8x8 elements: upper left, lower left, upper right, lower right; a block is eight rows of 16
-// bytes, 128 bytes that no access splits among banks. That one order serves every operand of mma.m16n8k16: as it lies or
-// transposed, with the middle blocks exchanged or not, ldmatrix makes of it
+// bytes, 128 bytes that no access splits among banks. That one order serves every operand of mma.m16n8k16: as it lies
+// or transposed, with the middle blocks exchanged or not, ldmatrix makes of it
 //   a   of an activation [rows, in]            as it lies
 //   b   of a weight [out, in], by in           exchanged            y = x W^T
 //   b   of a weight [out, in], by out          transposed           dx = dz W
 //   a   of a gradient [rows, out], by rows     transposed, exchanged
 //   b   of an activation [rows, in], by rows   transposed           dW = dz^T x
-// and word j of a lane's accumulators goes into block j: it is word j of the mask contract, so that neither the mask nor
-// the next operand needs a shuffle.
+// and word j of a lane's accumulators goes into block j: it is word j of the mask contract, so that neither the mask
+// nor the next operand needs a shuffle.
 #pragma once
 #include <type_traits>
 
@@ -73,8 +73,8 @@ MLPKIT_DEVICE void load_eight(const Matrix& m, int64_t row, int col, float (&to)
     from(static_cast<const T*>(m.data));
 }
 
-// Tiles from row and col on, row tile by row tile, by all threads of the block; zeros beyond the matrix. Eight lanes fill
-// 128 adjacent bytes.
+// Tiles from row and col on, row tile by row tile, by all threads of the block; zeros beyond the matrix. Eight lanes
+// fill 128 adjacent bytes.
 template <class T>
 MLPKIT_DEVICE void fill_tiles(T* tiles, int row_tiles, int col_tiles, const Matrix& m, int64_t row, int col) {
   const int parts = row_tiles * col_tiles * 32;

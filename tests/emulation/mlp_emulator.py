@@ -92,7 +92,7 @@ class MlpStep(Device):
         classes = task.target if loss and task.loss == "cross_entropy" else None
         target = task.target if loss and classes is None else None
         scale = 1.0 if not task.mean else 1.0 / (rows * (1 if classes is not None else last))
-        draws = 0 < task.p
+        draws = task.p > 0
         network, keep = _network(task)
         read = [task.x, *task.weights, *task.biases, task.seed, classes, target, task.class_weights, task.loss_scale]
         self.become(self.multiprocessors, self.shared_bytes)
@@ -147,9 +147,7 @@ class MlpStep(Device):
         del keep
         found = dict(zip(("loss", "norm", "scale"), control[:24].view(torch.float64).tolist()))
         found |= dict(zip(("taken", "overflowed"), control[24:32].view(torch.int32).tolist()))
-        split = [
-            piece[: one.numel()].view_as(one) for piece, one in zip(gradients.split(sizes), task.parameters())
-        ]
+        split = [piece[: one.numel()].view_as(one) for piece, one in zip(gradients.split(sizes), task.parameters())]
         return split, found
 
 

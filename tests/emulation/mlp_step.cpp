@@ -45,7 +45,7 @@ int emulate_mlp_plan(int layers, const int* widths, int64_t rows, int gradients,
   const cuda::MlpShape shape = shape_of(layers, widths, rows, gradients, keeps_slopes, loss);
   cuda::MlpPlan made{};
   if (cuda::mlp_obstacle(shape) || !cuda::plan_mlp(shape, {multiprocessors, shared_bytes}, made)) return 1;
-  const int64_t numbers[] = {made.blocks, made.floats,       made.deep,        made.high,      made.teams,
+  const int64_t numbers[] = {made.blocks,   made.floats,      made.deep,         made.high,       made.teams,
                              made.resident, made.shared_sums, made.shared_bytes, made.row_blocks, made.panels};
   for (int i = 0; i < 10; ++i) plan[i] = numbers[i];
   return 0;

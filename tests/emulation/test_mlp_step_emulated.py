@@ -1,5 +1,7 @@
 """The CUDA kernels of a small network's step, run thread by thread on the CPU: values, gradients, masks, decisions."""
 
+import itertools
+
 import closeness
 import pytest
 import torch
@@ -28,7 +30,7 @@ def _usual_device(emulator):
 def make(widths, rows, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
-    weights = [draw(o, i) / i**0.5 for i, o in zip(widths, widths[1:])]
+    weights = [draw(o, i) / i**0.5 for i, o in itertools.pairwise(widths)]
     biases = [0.1 * draw(o) for o in widths[1:]]
     if options.get("loss", "cross_entropy") == "cross_entropy":
         target = torch.randint(0, widths[-1], (rows,), generator=generator)
@@ -227,7 +229,9 @@ def test_streamed_weights_give_the_bits_of_resident_ones(emulator, shared_bytes,
     assert emulator.plan(task)["resident"] == 1
     emulator.shared_bytes = shared_bytes
     plan = emulator.plan(task)
-    assert plan["resident"] == 0 and plan["panels"] == panels and plan["shared_bytes"] <= shared_bytes
+    assert plan["resident"] == 0
+    assert plan["panels"] == panels
+    assert plan["shared_bytes"] <= shared_bytes
     for ours, theirs in zip(emulator.run_pass(task, torch.bfloat16), resident):
         assert torch.equal(ours, theirs)
 
@@ -280,7 +284,8 @@ def test_updates_err_no_more_than_torch(emulator, name, clip):
             for a, b in zip(gathered, squared)
         ]
         _, gradients, found = step(emulator, task, torch.bfloat16, states, kind, group, clip_norm=clip)
-        assert found["taken"] == 1 and all(state[2] == 5.0 for state in states)
+        assert found["taken"] == 1
+        assert all(state[2] == 5.0 for state in states)
         ours.append(torch.cat([one.flatten() for one in task.parameters()]))
         for dtype, to in ((torch.float32, stock), (torch.float64, exact)):
             parameters = [one.to(dtype).clone().requires_grad_() for one in start]
@@ -344,12 +349,16 @@ def test_an_overflow_halves_the_scale_and_clean_steps_double_it(emulator):
     task = make([20, 33, 10], 40, loss_scale=torch.tensor(2.0**24), mean=False)
     clean = torch.tensor(2, dtype=torch.int32)
     found = skipped(emulator, task, torch.float16, clean_steps=clean)
-    assert found["overflowed"] == 1 and task.loss_scale == 2.0**23 and clean == 0
+    assert found["overflowed"] == 1
+    assert task.loss_scale == 2.0**23
+    assert clean == 0
     task.loss_scale.fill_(8.0)
     states = fresh(task)
     for scale, count in ((8.0, 1), (8.0, 2), (16.0, 0)):
         _, _, found = step(emulator, task, torch.float16, states, clean_steps=clean)
-        assert found["taken"] == 1 and task.loss_scale == scale and clean == count
+        assert found["taken"] == 1
+        assert task.loss_scale == scale
+        assert clean == count
 
 
 def test_a_bad_loss_leaves_the_scale(emulator):
@@ -357,7 +366,8 @@ def test_a_bad_loss_leaves_the_scale(emulator):
     task.x[0, 0] = float("nan")
     clean = torch.tensor(2, dtype=torch.int32)
     skipped(emulator, task, torch.float16, clean_steps=clean)
-    assert task.loss_scale == 8.0 and clean == 2
+    assert task.loss_scale == 8.0
+    assert clean == 2
 
 
 def test_masks_move_on_from_step_to_step(emulator):
@@ -377,15 +387,17 @@ def test_plans_for_an_h200_keep_every_multiprocessor_busy_and_fit(emulator):
     for rows in (1, 4096, 2**21):
         for widths in ([128, 64, 64, 10], [64, 64, 64, 64, 64, 16], [256] * 10, [1, 1]):
             for activation in ("relu", "gelu"):
-                weights = [torch.empty(o, i) for i, o in zip(widths, widths[1:])]
+                weights = [torch.empty(o, i) for i, o in itertools.pairwise(widths)]
                 task = Task(weights, [None] * len(weights), torch.empty(1, widths[0]).expand(rows, -1))
                 task.activation = activation
                 plan = emulator.plan(task)
-                assert plan is not None and plan["shared_bytes"] <= 227 * 1024
+                assert plan is not None
+                assert plan["shared_bytes"] <= 227 * 1024
                 assert plan["blocks"] >= min(128, rows // 32)
                 plans[rows, widths[1], len(widths), activation] = plan
     assert plans[4096, 64, 4, "relu"]["row_blocks"] == 128
-    assert plans[2**21, 64, 6, "relu"]["resident"] and plans[2**21, 64, 6, "relu"]["shared_sums"]
+    assert plans[2**21, 64, 6, "relu"]["resident"]
+    assert plans[2**21, 64, 6, "relu"]["shared_sums"]
     assert not plans[4096, 256, 10, "gelu"]["resident"]
 
 

@@ -23,6 +23,7 @@
 namespace mlpkit::device {
 
 constexpr int kWarp = 32;
+constexpr bool kTensorCores = true;
 
 struct Bits16 {
   uint32_t v[4];
