@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # What a build without TORCH_CUDA_ARCH_LIST makes, and what the element-wise kernels promise besides.
 DEVICES = {"sm_80": ("compute_80", "sm_80"), "sm_90a": ("compute_90a", "sm_90a"), "sm_75": ("compute_75", "sm_75")}
-# Registers a thread may have so that as many blocks fit a multiprocessor as the kernel was written for. Keys are patterns
-# of mangled names.
+# Registers a thread may have so that as many blocks fit a multiprocessor as the kernel was written for. Keys are
+# patterns of mangled names.
 REGISTERS = {
     "7forwardI": 64,
     "8backwardI": 80,

@@ -76,11 +76,10 @@ struct MlpGroup {
 
 constexpr int kMlpParameters = 2 * kMlpLayers, kMlpGroups = 4;
 
-// What the pass found, for the update, and what the caller may read.
+// What the pass found, for the update, and what the caller may read. taken: 1, or 0 where nothing was changed;
+// overflowed: 1 where gradients were not finite while the loss was.
 struct MlpControl {
-  double loss, norm, scale;
-  uint32_t taken;       // 1, or 0 where nothing was changed
-  uint32_t overflowed;  // 1 where gradients were not finite while the loss was
+  double loss, norm, scale, taken, overflowed;
   float steps[kMlpParameters];
 };
 

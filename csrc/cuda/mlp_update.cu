@@ -254,8 +254,8 @@ MLPKIT_DEVICE Decision decide(const MlpUpdate& u, double* scratch) {
 // What one thread of the grid writes at the end: nobody reads it in this launch.
 MLPKIT_DEVICE void leave(const MlpUpdate& u, const Decision& decision) {
   device::store(&u.control->norm, decision.norm);
-  device::store(&u.control->taken, decision.taken ? uint32_t{1} : uint32_t{0});
-  device::store(&u.control->overflowed, decision.overflowed ? uint32_t{1} : uint32_t{0});
+  device::store(&u.control->taken, decision.taken ? 1.0 : 0.0);
+  device::store(&u.control->overflowed, decision.overflowed ? 1.0 : 0.0);
   if (u.seed) {
     int64_t offset;
     device::load(u.seed + 1, offset);

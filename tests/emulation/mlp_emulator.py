@@ -14,6 +14,7 @@ from mlpkit.reference import ACTIVATIONS
 
 LOSSES = ("cross_entropy", "bce", "mse", "l1", "huber", "log_mse")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
+OUTCOME = ("loss", "norm", "scale", "taken", "overflowed")
 PLAN = ("blocks", "floats", "deep", "high", "teams", "resident", "shared_sums", "shared_bytes", "row_blocks", "panels")
 
 
@@ -129,7 +130,7 @@ class MlpStep(Device):
         sizes = [(one.numel() + 3) // 4 * 4 for one in task.parameters()]
         gradients = _poisoned((sum(sizes),), torch.float32)
         squares, bad = _poisoned((blocks,), torch.float64), _poisoned((blocks,), torch.int32)
-        control = _poisoned((24 + 8 + 4 * 18,), torch.uint8)
+        control = _poisoned((len(OUTCOME) * 8 + 4 * 18,), torch.uint8)
         flat = [one for state in states for one in state]
         addresses = (ctypes.c_void_p * len(flat))(*(pointer(one).value for one in flat))
         network, keep = _network(task)
@@ -145,8 +146,7 @@ class MlpStep(Device):
             *(pointer(task.loss_scale), pointer(clean_steps)),
         )
         del keep
-        found = dict(zip(("loss", "norm", "scale"), control[:24].view(torch.float64).tolist()))
-        found |= dict(zip(("taken", "overflowed"), control[24:32].view(torch.int32).tolist()))
+        found = dict(zip(OUTCOME, control[: len(OUTCOME) * 8].view(torch.float64).tolist()))
         split = [piece[: one.numel()].view_as(one) for piece, one in zip(gradients.split(sizes), task.parameters())]
         return split, found
 
