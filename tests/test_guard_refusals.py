@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlpkit.errors import ArgumentError, DtypeError, MlpkitError
+from mlpkit.errors import ArgumentError, DeviceError, DtypeError, MlpkitError
 from mlpkit.guard import LossScale, TrainStep
 
 
@@ -153,3 +153,9 @@ def test_a_learning_rate_that_is_no_number_is_refused_before_anything_changes(ra
 def test_all_errors_are_mlpkits_own():
     with pytest.raises(MlpkitError):
         guarded(loss=3)
+
+
+def test_parameters_on_several_devices_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3, device="meta"))
+    with pytest.raises(DeviceError, match=r"parameter '1\.weight' is on meta, others on cpu; one is supported"):
+        guarded(model=model)

@@ -55,6 +55,11 @@ class Follower:
         self._row: list[SkipRecord] = []
         self._pending: list[SkipRecord] = []
 
+    @property
+    def awake(self) -> bool:
+        """Whether the next taken step makes a difference."""
+        return bool(self.consecutive or self._pending)
+
     def follow(self, steps: int, record: SkipRecord | None) -> SkipRecord | None:
         """After each step; returns the record with what was done. Raises NonFiniteError where the policy says so.
 
@@ -95,12 +100,14 @@ class Follower:
 
 
 class Aftermath:
-    """The policies of a ``TrainStep``: asked before and after each step, at the cost of a comparison or two."""
+    """The policies of a ``TrainStep``: asked before each step where it ``keeps`` snapshots, and after each."""
 
     def __init__(self, policy: Policy, run: Run, ranks: Ranks) -> None:
         self.policy = policy
         self._keeper = Keeper(policy, run, ranks) if policy.snapshots else None
         self._follower = Follower(policy, self._keeper)
+        self.keeps = policy.snapshots
+        self.awake = False  # whether the last skip is still to be acted on, or counted
 
     @property
     def consecutive(self) -> int:
@@ -110,6 +117,7 @@ class Aftermath:
     @consecutive.setter
     def consecutive(self, count: int) -> None:
         self._follower.consecutive = count
+        self.awake = self._follower.awake
 
     @property
     def can_go_back(self) -> bool:
@@ -126,5 +134,8 @@ class Aftermath:
             self._keeper.offer(steps)
 
     def after(self, steps: int, record: SkipRecord | None) -> SkipRecord | None:
-        """A step has ended; as ``Follower.follow``."""
-        return self._follower.follow(steps, record)
+        """A step has ended; as ``Follower.follow``. Of a taken step it need be told only while ``awake``."""
+        try:
+            return self._follower.follow(steps, record)
+        finally:
+            self.awake = self._follower.awake

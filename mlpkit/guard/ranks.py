@@ -7,6 +7,7 @@ flag went up do ranks tell each other in full what they found.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -22,6 +23,7 @@ from mlpkit.guard.record import SkipRecord
 
 T = TypeVar("T")
 _SEEN = "_mlpkit_gradient_is_seen"
+_MOST_GRADIENTS = 1 << 16  # of backward passes that no decision follows
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -46,7 +48,7 @@ class Ranks:
         self.rank = torch.distributed.get_rank(self.group) if self.group is not None else 0
         self.guilty: int | None = None  # of the last bad decision
         self._model = model
-        self._local: list[Tensor] = []
+        self._local: deque[Tensor] = deque(maxlen=_MOST_GRADIENTS)
         if self.alone:
             return
         self._device = next(local(parameter).device for parameter in model.parameters())
@@ -94,7 +96,7 @@ class Ranks:
         if self.alone:
             return bad
         seen = [*(loss.detach().float().reshape(()) for loss in losses), *self._local]
-        self._local = []
+        self._local.clear()
         here = bool(seen) and not math.isfinite(float(torch.stack(seen).sum()))
         number = 1 + here * (self.size - self.rank) if bad else 0
         worst = int(self._reduced(number, "MAX"))
@@ -116,7 +118,7 @@ class Ranks:
 
     def forget(self) -> None:
         """Drop what was seen of a step that is abandoned."""
-        self._local = []
+        self._local.clear()
 
     def common(self, value: T | None) -> T | None:
         """The guilty rank's value, or the first rank's that has one: the same everywhere. After a bad decision only."""

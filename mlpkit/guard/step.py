@@ -151,7 +151,7 @@ class TrainStep:
 
     def __call__(self, inputs: Tensor | Sequence[Any] | Mapping[str, Any], target: Any = None) -> StepResult:
         """Take one step, or with ``accumulate`` a part of one; inputs: a tensor, or a tuple or dict of arguments."""
-        if not self._batches:
+        if self._aftermath.keeps and not self._batches:
             self._aftermath.before(self.steps)
         outcome = self._native.again(inputs, target, self.clip_norm)
         if outcome is None:
@@ -199,7 +199,8 @@ class TrainStep:
             announce("step", step=step, skipped=False, culprit=None, scale=1.0, parameters=saved)
         if self.history is not None:
             self.history.add(step, loss, norm, 1.0)
-        self._aftermath.after(self.steps, None)
+        if self._aftermath.awake:
+            self._aftermath.after(self.steps, None)
         return StepResult(loss, 1.0, self._window)
 
     def _forward_backward(self, inputs: Any, target: Any, scale: float) -> Tensor:
