@@ -11,6 +11,16 @@ namespace {
 constexpr int kTile = kMaskTile;
 constexpr unsigned kAllKept = 0xffffu;
 
+// Calls, not inlined: every pair of activation and dtype has its own loops, and these do not differ between them.
+__attribute__((noinline)) void draw(MaskTile& mask, const Dropout& dropout, uint64_t number) {
+  mask.fill(dropout, number);
+}
+template <class T, class C>
+__attribute__((noinline)) void take_row_moments(const NormActDropoutForward& args, int64_t row) {
+  const int64_t cols = args.region.total_cols;
+  row_moments<T, C>(element<T>(args.z, row * cols), cols, args.norm, row);
+}
+
 // The normalised values of one tile's columns, row by row.
 template <class C>
 struct TileNorm {
@@ -54,7 +64,7 @@ MLPKIT_HD void forward_tile(const NormActDropoutForward& args, int64_t row, int6
   TileRow<C> slope, x, y;
   slope.read_or_fill(args.slope, col, cols, static_cast<C>(args.negative_slope));
   MaskTile mask;
-  if (draws) mask.fill(args.dropout, number);
+  if (draws) draw(mask, args.dropout, number);
   for (int r = 0; r < rows; ++r) {
     const int64_t index = (row + r) * args.region.total_cols + col;
     norm.take_row(args.norm, row + r);
@@ -87,8 +97,7 @@ void forward(const NormActDropoutForward& args) {
   for (int64_t row = region.row; row < end; row += kTile) {
     // A row's moments just before its tiles, while it is in cache.
     if (args.norm.norm == Norm::layer)
-      for (int r = 0; r < tile_extent(end - row); ++r)
-        row_moments<T, C>(element<T>(args.z, (row + r) * region.total_cols), region.total_cols, args.norm, row + r);
+      for (int r = 0; r < tile_extent(end - row); ++r) take_row_moments<T, C>(args, row + r);
     for (int64_t col = region.col; col < region.col + region.cols; col += kTile)
       forward_tile<A, T, C>(args, row, col, row / kTile * col_tiles + col / kTile);
   }
