@@ -44,6 +44,24 @@ def build(cmake: str) -> int:
     return code
 
 
+def test(inside: dict[str, str]) -> int:
+    """All tests marked ``cuda`` by the proven kernels, the layers' again by all; the small cases under memcheck."""
+    runner = [sys.executable, str(ROOT / ".ci" / "run_installed.py"), "-m", "cuda", "-c", str(ROOT / "pyproject.toml")]
+    code = run("tests, proven kernels", [*runner, str(ROOT / "tests")], **inside)
+    layers = sorted(map(str, (ROOT / "tests").glob("test_linear_act_dropout*.py")))
+    everything = {**inside, "MLPKIT_CUDA_KERNELS": "all"}
+    code = run("tests, all kernels", [*runner, *layers], **everything) or code
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        print("=== memcheck skipped: compute-sanitizer is not on PATH", flush=True)
+        return code
+    small = [str(ROOT / "tests" / "test_linear_act_dropout_thin.py"), "-k", "small"]
+    for tool in ("memcheck", "racecheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *runner, *small]
+        code = run(f"compute-sanitizer {tool}", command, **everything) or code
+    return code
+
+
 def _capability() -> tuple[int, int]:
     try:
         import torch
@@ -79,8 +97,7 @@ def main() -> int:
     if importlib.util.find_spec("pytest") is None:
         print("=== tests skipped: this python has no pytest", flush=True)
     else:
-        runner = [sys.executable, str(ROOT / ".ci" / "run_installed.py")]
-        code = run("tests", [*runner, "-m", "cuda", "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests")], **inside)
+        code = test(inside)
     path = _results_path(args.results.resolve())
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in ("gpu.py", "gpu_step.py"):

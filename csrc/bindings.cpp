@@ -7,6 +7,7 @@
 #include "bindings_step.h"
 #include "core/philox.h"
 #include "cpu/capability.h"
+#include "ops/cuda_kernels.h"
 #include "ops/gemm.h"
 #include "ops/linear_act_dropout.h"
 #include "ops/mlp.h"
@@ -58,6 +59,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", [] { return mlpkit::cpu::capability_name(mlpkit::cpu::capability()); });
   m.def("cpu_capabilities", &mlpkit::cpu::supported_capabilities);
   m.def("force_cpu_capability", &mlpkit::cpu::force_capability, py::arg("name"));
+  m.def("cuda_kernels", [] { return mlpkit::cuda_kernels_name(mlpkit::cuda_kernels()); });
+  m.def("force_cuda_kernels", &mlpkit::force_cuda_kernels, py::arg("name"));
   m.def("gemm_library", &mlpkit::gemm_library);
   m.def(
       "philox4x32",

@@ -8,6 +8,14 @@ import torch
 
 from mlpkit import __version__
 
+PROVEN = "linear_act_dropout by cuBLAS and the epilogue kernel"
+# What each choice of MLPKIT_CUDA_KERNELS takes.
+KERNELS = {
+    "proven": PROVEN,
+    "all": f"{PROVEN}; in bf16 and fp16 with in_features a multiple of 16 up to 256 (compute capability 8.0, 160 KB of "
+    "shared memory) by the thin kernels, which no device has measured yet",
+}
+
 
 def facts() -> dict[str, str]:
     """Build and machine in words; raises BuildError where the extension is missing or was built for another torch."""
@@ -24,6 +32,7 @@ def facts() -> dict[str, str]:
         "cpu kernels": f"{_C.cpu_capability()} in use; this machine runs {', '.join(_C.cpu_capabilities())}",
         "cpu products": f"own kernels; float64 by {_C.gemm_library()}; {torch.get_num_threads()} threads",
         "cuda": cuda,
+        "cuda kernels": f"{_C.cuda_kernels()} (MLPKIT_CUDA_KERNELS=proven|all): {KERNELS[_C.cuda_kernels()]}",
         "cuda device": _device(built.CUDA),
     }
 
@@ -34,7 +43,7 @@ def _device(built: bool) -> str:
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if not built:
         return f"{name}, unused: this build has no CUDA kernels"
-    return f"{name} (compute capability {major}.{minor}): linear_act_dropout by cuBLAS and the epilogue kernel"
+    return f"{name} (compute capability {major}.{minor})"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels as machine code: they compile for every device, spill nothing and move 16 bytes at once."""
+"""The CUDA kernels as machine code: for every device, without spills, with the instructions they were written for."""
 
 import re
 import shutil
@@ -24,7 +24,22 @@ REGISTERS = {
     "9pass_rowsI.*ELi(8ELi2|16ELi1)E": 255,
     "9add_partsE": 128,
     "13update_or_notE": 128,
+    "12stream_tilesI.*Li256E": 255,
+    "12stream_tilesI.*Li(64|128)E": 168,
+    "11multiply_dzI": 255,
+    "10add_sharesI": 64,
 }
+# What the machine code of a kernel must hold, from compute capability 8.0 on for those of the tensor cores.
+WIDE_LOAD, WIDE_STORE, WIDE_COPY = r"\bLDG\.E(\.\w+)*\.128", r"\bSTG\.E(\.\w+)*\.128", r"\bLDGSTS\.E\.BYPASS\.128"
+INSTRUCTIONS = {
+    "8sum_rowsI": [WIDE_LOAD],
+    "7forwardI": [WIDE_LOAD, WIDE_STORE],
+    "8backwardI": [WIDE_LOAD, WIDE_STORE],
+    "10add_sharesI": [WIDE_LOAD, WIDE_STORE],
+    "12stream_tilesI": [r"\bHMMA\.16816\.F32", r"\bLDSM\.16\.M88\.4", WIDE_COPY, WIDE_STORE],
+    "11multiply_dzI": [r"\bHMMA\.16816\.F32", r"\bLDSM\.16\.MT88\.4", WIDE_COPY, r"\bSTG\.E\.64"],
+}
+TENSOR_CORES = ("12stream_tilesI", "11multiply_dzI")
 
 pytestmark = pytest.mark.slow
 
@@ -115,15 +130,19 @@ def _sass(objects):
     return functions
 
 
-def test_global_memory_is_read_and_written_16_bytes_at_a_time(compiled):
+def test_machine_code_has_the_instructions_that_it_was_written_for(compiled, request):
     objects, _ = compiled
+    old = "sm_75" in request.node.callspec.id
+    found = set()
     for name, body in _sass(objects).items():
         assert not re.search(r"\b(LDL|STL)\b", body), f"{name} uses local memory"
-        if "8sum_rows" in name:
-            assert re.search(r"\bLDG\.E\.128", body), name
-        if "7forward" in name or "8backward" in name:
-            assert re.search(r"\bLDG\.E\.128", body), name
-            assert re.search(r"\bSTG\.E\.128", body), name
+        for kernel, instructions in INSTRUCTIONS.items():
+            if kernel not in name or (old and kernel in TENSOR_CORES):
+                continue
+            found.add(kernel)
+            for instruction in instructions:
+                assert re.search(instruction, body), f"{name} has no {instruction}"
+    assert found == set(INSTRUCTIONS) - (set(TENSOR_CORES) if old else set())
 
 
 def test_a_small_network_is_multiplied_by_tensor_cores_out_of_shared_memory(compiled):

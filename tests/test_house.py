@@ -210,6 +210,18 @@ def test_an_unknown_instruction_set_is_refused_and_changes_nothing():
     assert _C.cpu_capability() == before
 
 
+def test_the_cuda_kernels_are_chosen_and_named_by_the_environment():
+    code = "from mlpkit._ext import _C; print(_C.cuda_kernels())"
+    assert python("-c", code, MLPKIT_CUDA_KERNELS="").stdout.strip() == "proven"
+    assert python("-c", code, MLPKIT_CUDA_KERNELS="all").stdout.strip() == "all"
+    result = python("-c", code, MLPKIT_CUDA_KERNELS="fast")
+    assert result.returncode != 0
+    assert "MLPKIT_CUDA_KERNELS is 'fast'; it must be proven or all" in result.stderr
+    result = python("-m", "mlpkit", MLPKIT_CUDA_KERNELS="all")
+    assert "cuda kernels: all" in result.stdout
+    assert "thin kernels" in result.stdout
+
+
 def test_no_more_than_four_environment_variables():
     sources = [*MODULES, *SOURCES]
     text = "\n".join(path.read_text() for path in sources)

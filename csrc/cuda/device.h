@@ -139,6 +139,10 @@ MLPKIT_DEVICE void store16(T* to, const float* from) {
 
 MLPKIT_DEVICE uint32_t load4(const void* from) { return *static_cast<const uint32_t*>(from); }
 MLPKIT_DEVICE void store4(void* to, uint32_t from) { *static_cast<uint32_t*>(to) = from; }
+MLPKIT_DEVICE void store1(void* to, uint32_t from) { *static_cast<uint8_t*>(to) = static_cast<uint8_t>(from); }
+// Two adjacent numbers, one access of 8 bytes.
+MLPKIT_DEVICE float2 load_pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
+MLPKIT_DEVICE void store_pair(float* to, float low, float high) { *reinterpret_cast<float2*>(to) = {low, high}; }
 MLPKIT_DEVICE Bits16 load_bits16(const void* from) {
   const uint4 v = *static_cast<const uint4*>(from);
   return {v.x, v.y, v.z, v.w};
@@ -155,9 +159,9 @@ MLPKIT_DEVICE void store_bits16_once(void* to, const Bits16& from) {
   __stcs(static_cast<uint4*>(to), uint4{from.v[0], from.v[1], from.v[2], from.v[3]});
 }
 
-// What follows is made of instructions that begin with compute capability 8.0; a kernel that uses it stops on older
-// devices, and its launch function must not come to that. kTensorCores: whether the code is compiled for one that has
-// them.
+// What follows is made of instructions that begin with compute capability 8.0. A kernel that uses it puts its body
+// under `if constexpr (device::kTensorCores)`: for an older device it is empty, and its launch function must refuse
+// that.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 constexpr bool kTensorCores = true;
 #else
@@ -173,6 +177,15 @@ MLPKIT_DEVICE uint32_t shared_address(const void* pointer) {
 MLPKIT_DEVICE void copy16_async(void* to, const void* from, bool valid = true) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+// Four bytes in the same way.
+MLPKIT_DEVICE void copy4_async(void* to, const void* from, bool valid = true) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0)
                : "memory");
 #else
   __trap();

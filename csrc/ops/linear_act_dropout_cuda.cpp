@@ -1,4 +1,5 @@
-// linear_act_dropout on a CUDA device: the library's GEMM and one fused element-wise kernel each way (ops).
+// linear_act_dropout on a CUDA device: the library's GEMM and one fused element-wise kernel each way, or the kernels
+// for few in_features (ops).
 //
 // The forward product is taken in fp32 for bf16 and f16 (aten::mm.dtype), so that bias, activation and dropout see what
 // the GEMM accumulated and the result is rounded once; the gradients' GEMMs take dz rounded to the dtype, accumulate in
@@ -6,65 +7,20 @@
 // the device, so a call can be captured in a CUDA graph.
 #include "cuda/linear_act_dropout.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
-#include "ops/linear_act_dropout.h"
+#include "ops/linear_act_dropout_cuda.h"
 
 namespace mlpkit {
 namespace {
-
-// What a call needs of the runtime: x's device current, its stream, and neither autograd nor autocast between us and
-// the library's GEMM.
-class CudaCall {
- public:
-  explicit CudaCall(const at::Tensor& x) : device_(x.device()), no_autocast_(c10::autocast_dispatch_keyset) {
-    int major = 0, minor = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.device().index()));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.device().index()));
-    TORCH_CHECK_NOT_IMPLEMENTED(10 * major + minor >= MLPKIT_CUDA_MINIMUM, "linear_act_dropout: ", x.device(),
-                                " has compute capability ", major, ".", minor, "; this build of mlpkit starts at ",
-                                MLPKIT_CUDA_MINIMUM / 10, ".", MLPKIT_CUDA_MINIMUM % 10,
-                                " and can be made with TORCH_CUDA_ARCH_LIST for 7.5 and newer");
-  }
-  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
-
- private:
-  c10::cuda::CUDAGuard device_;
-  at::AutoDispatchBelowADInplaceOrView no_autograd_;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast_;
-};
-
-c10::ScalarType compute_type(Dtype dtype) { return dtype == Dtype::float64 ? at::kDouble : at::kFloat; }
-
-const void* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.numel() ? tensor.const_data_ptr() : nullptr;
-}
-void* mutable_data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.numel() ? tensor.mutable_data_ptr() : nullptr;
-}
-at::Tensor contiguous(const OptionalTensor& tensor) { return tensor ? tensor->contiguous() : at::Tensor(); }
-
-// The two bit planes of a saved `bits` tensor; null where the op keeps none.
-template <class Byte>
-struct BitPlanes {
-  Byte* keep;
-  Byte* positive;
-  BitPlanes(const LinearActDropout& op, Byte* bits)
-      : keep(bits && op.keeps_bits() ? bits : nullptr),
-        positive(bits && op.keeps_sign() ? bits + (op.keeps_bits() ? op.plane_bytes() : 0) : nullptr) {}
-};
 
 bool changes_nothing(const LinearActDropout& op) { return op.activation == Activation::identity && op.threshold == 0; }
 
@@ -100,6 +56,9 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
     const at::Tensor y = bias ? at::addmm(*bias, inputs, weight.t()) : at::mm(inputs, weight.t());
     return {y.view(sizes), none, bits};
   }
+
+  if (takes_thin_kernels(op))
+    return thin_forward(op, call, x, weight, bias, slope, seed, negative_slope, static_cast<uint32_t>(stream), save);
 
   at::Tensor y = at::empty(sizes, x.options());
   at::Tensor z = save && op.needs == Needs::preactivation ? at::empty_like(y) : none;
@@ -144,6 +103,8 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
                         std::string_view activation, double negative_slope, double p, std::array<bool, 4> needs) {
   const LinearActDropout op = check_linear_act_dropout_backward(dy, x, weight, slope, z, bits, activation, p);
   const CudaCall call(x);
+  if (takes_thin_kernels(op) && !changes_nothing(op))
+    return thin_backward(op, call, dy, x, weight, slope, z, bits, negative_slope, needs);
   const bool want_dz = needs[0] || needs[1], want_dbias = needs[2], want_dslope = needs[3] && slope.has_value();
   const bool empty = op.rows == 0 || op.cols == 0;
   const auto options = x.options();

@@ -162,6 +162,18 @@ inline void store4(void* to, uint32_t from) {
   check(to, 4, true);
   memcpy(to, &from, 4);
 }
+inline void store1(void* to, uint32_t from) {
+  check(to, 1, true);
+  *static_cast<uint8_t*>(to) = static_cast<uint8_t>(from);
+}
+inline float2 load_pair(const float* from) {
+  check(from, 8, false);
+  return {from[0], from[1]};
+}
+inline void store_pair(float* to, float low, float high) {
+  check(to, 8, true);
+  to[0] = low, to[1] = high;
+}
 inline Bits16 load_bits16(const void* from) {
   check(from, 16, false);
   Bits16 bits;
@@ -176,6 +188,7 @@ inline Bits16 load_bits16_once(const void* from) { return load_bits16(from); }
 inline void store_bits16_once(void* to, const Bits16& from) { store_bits16(to, from); }
 
 inline void copy16_async(void* to, const void* from, bool valid = true) { copy_later(to, from, 16, valid ? 16 : 0); }
+inline void copy4_async(void* to, const void* from, bool valid = true) { copy_later(to, from, 4, valid ? 4 : 0); }
 void commit_copies();
 template <int groups_in_flight>
 void wait_for_copies() {
