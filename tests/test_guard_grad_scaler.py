@@ -529,3 +529,21 @@ def test_history_headroom_and_the_tracers_word_on_where_it_began():
     assert [row["skipped"] for row in rows] == [False, False, True]
     assert rows[0]["headroom"] == bits
     assert rows[0]["grad_norm"] > 0
+
+
+def test_the_scale_that_is_told_without_reading_is_the_scale(monkeypatch):
+    # As on a device, where the scale is read only when it may have moved.
+    monkeypatch.setattr(GradScaler, "_on_cpu", False)
+    loop = Loop(growth_interval=3, init_scale=256.0)
+    nan, none = (lambda loop: loop.model[3].bias.grad.fill_(torch.nan)), None
+    for index, spoil in enumerate([none, none, nan, none, none, none, none, none, none, none]):
+        if index == 5:
+            x, y = loop.batch()
+            loop.take(x * torch.nan, y)  # holds the scale and its tracker
+        loop.take(spoil=spoil)
+        assert loop.scaler._known == float(loop.scaler._scale)
+        assert loop.scaler._clean_steps == int(loop.scaler._growth_tracker)
+    assert [change.after for change in loop.scaler.scale_changes] == [128.0, 256.0, 512.0]
+    loop.scaler.load_state_dict(loop.scaler.state_dict())
+    loop.take()
+    assert loop.scaler._known == float(loop.scaler._scale)

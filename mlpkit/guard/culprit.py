@@ -79,6 +79,16 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name.replace("_orig_mod.", "") for name, parameter in model.named_parameters()}
 
 
+def names_or_places(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[int, str]:
+    """Names of an optimizer's parameters by identity; ``group 0, parameter 3 (8, 5)`` of those that have none."""
+    found = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            place = f"group {index}, parameter {position} {tuple(parameter.shape)}"
+            found[id(parameter)] = names.get(id(parameter), place)
+    return found
+
+
 def forward_culprit(
     model: nn.Module,
     batch: MicroBatch,

@@ -23,13 +23,13 @@ from mlpkit.guard.aftermath import Follower
 from mlpkit.guard.attempt import Attempt, Verdict, dense
 from mlpkit.guard.census import first_bad, local
 from mlpkit.guard.checks import check_settings
-from mlpkit.guard.culprit import bad_state, bad_state_error, parameter_names
+from mlpkit.guard.culprit import bad_state, bad_state_error, names_or_places, parameter_names
 from mlpkit.guard.gate import Gate
 from mlpkit.guard.history import History
 from mlpkit.guard.policy import Policy
 from mlpkit.guard.ranks import Ranks, unwrapped
 from mlpkit.guard.record import SkipRecord
-from mlpkit.guard.scale import ScaleChange, check_scale
+from mlpkit.guard.scale import ScaleChange, check_rule, check_scale
 from mlpkit.guard.state import OptimizerCopy, parameters_of, state_of
 
 _OWNER = "GradScaler"
@@ -93,7 +93,9 @@ class GradScaler(torch.amp.GradScaler):
         policy = Policy(_OWNER, on_nonfinite, on_collapse, max_consecutive_skips, check_every)
         self._floor, self._ceiling = check_scale(f"{_OWNER}: floor", floor), check_scale(f"{_OWNER}: ceiling", ceiling)
         if self._enabled:
-            self._check_factors()
+            check_rule(
+                _OWNER, growth_factor=growth_factor, backoff_factor=backoff_factor, growth_interval=growth_interval
+            )
             self._widen(check_scale(f"{_OWNER}: init_scale", float(init_scale)))
         self._follower = Follower(policy)
         self.history = history
@@ -110,6 +112,8 @@ class GradScaler(torch.amp.GradScaler):
         self._ranks: Ranks | None = None
         self._absmax: headroom.AbsmaxHistory | None = None
         self._norm: Tensor | None = None
+        self._known: float | None = None  # the scale, as it was last read
+        self._clean_steps = 0  # the growth tracker's value, known without reading it
         if model is not None and self._enabled:
             self.protect(model)
 
@@ -170,15 +174,24 @@ class GradScaler(torch.amp.GradScaler):
         scale, tracker = self._check_scale_growth_tracker("update")
         if isinstance(new_scale, float) or _readable(new_scale):
             self._widen(check_scale(f"{_OWNER}.update: new_scale", float(new_scale)))
-        before, held = self.get_scale(), (scale.clone(), tracker.clone())
-        super().update(new_scale)
+        before = self.get_scale() if self._known is None else self._known
         skips, self._iteration = self._iteration, []
+        hold = bool(skips) and not any(record.nature in ("calibration", "gradient") for record in skips)
+        held = (scale.clone(), tracker.clone()) if hold else None
+        super().update(new_scale)
         if new_scale is None:
-            if skips and not any(record.nature in ("calibration", "gradient") for record in skips):
+            if held is not None:
                 scale.copy_(held[0])
                 tracker.copy_(held[1])
             scale.clamp_(self._floor, self._ceiling)
-        self._changed(before, self.get_scale())
+        # On a device the scale is read only where it may have moved.
+        if new_scale is None and held is None:
+            self._clean_steps = 0 if skips else self._clean_steps + 1
+        grown = self._clean_steps >= self._growth_interval
+        self._clean_steps *= not grown
+        moved = self._on_cpu or bool(skips) or new_scale is not None or grown
+        self._known = self.get_scale() if moved else before
+        self._changed(before, self._known)
         self._finish(before, skips)
 
     # What is behind them.
@@ -206,7 +219,8 @@ class GradScaler(torch.amp.GradScaler):
         record = skips[0] if skips else None
         if self.history is not None:
             loss = self._losses[-1] if self._losses else torch.tensor(torch.nan)
-            self.history.add(step, loss, self._norm, scale, record, headroom.least(self.headroom))
+            bits = headroom.least(self.headroom) if self._on_cpu else None
+            self.history.add(step, loss, self._norm, scale, record, bits)
         self._losses.clear()
         if self._gate is not None:
             self._gate.close()
@@ -215,7 +229,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _attempt(self, optimizer: torch.optim.Optimizer, update: Callable[[], Any]) -> float | None:
         kept = self._kept(optimizer)
-        names = self._names_of(optimizer)
+        names = names_or_places(optimizer, self._names)
         attempt = Attempt(optimizer, update, names, kept.saved, self._ranks, tuple(self._losses))
         attempt.found = list(self._found_inf_per_device(optimizer).values())
         if kept.unscaled_by_caller:
@@ -294,7 +308,7 @@ class GradScaler(torch.amp.GradScaler):
     def _unscale(self, optimizer: torch.optim.Optimizer, *, by_caller: bool) -> None:
         if self._enabled and self._stage(optimizer) is OptState.READY and self._scale is not None:
             kept = self._kept(optimizer)
-            names = self._names_of(optimizer)
+            names = names_or_places(optimizer, self._names)
             pairs = [(p, dense(local(p.grad))) for p in parameters_of(optimizer) if p.grad is not None]
             for parameter, gradient in pairs:
                 if gradient.is_complex():
@@ -317,14 +331,6 @@ class GradScaler(torch.amp.GradScaler):
         if optimizer not in self._optimizers:
             self._optimizers[optimizer] = _Optimizer(OptimizerCopy(optimizer))
         return self._optimizers[optimizer]
-
-    def _names_of(self, optimizer: torch.optim.Optimizer) -> dict[int, str]:
-        names = {}
-        for index, group in enumerate(optimizer.param_groups):
-            for position, parameter in enumerate(group["params"]):
-                place = f"group {index}, parameter {position} {tuple(parameter.shape)}"
-                names[id(parameter)] = self._names.get(id(parameter), place)
-        return names
 
     def _watch(self, outputs: Any) -> None:
         if isinstance(outputs, Tensor):
@@ -349,14 +355,9 @@ class GradScaler(torch.amp.GradScaler):
                 stacklevel=3,
             )
 
-    def _check_factors(self) -> None:
-        if not 1 < self._growth_factor < torch.inf:
-            raise ArgumentError(f"{_OWNER}: growth_factor is {self._growth_factor!r}; it must be above 1 and finite")
-        if not 0 < self._backoff_factor < 1:
-            raise ArgumentError(f"{_OWNER}: backoff_factor is {self._backoff_factor!r}; it must lie between 0 and 1")
-        interval: object = self._growth_interval
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ArgumentError(f"{_OWNER}: growth_interval is {interval!r}; it must be an int of at least 1")
+    @property
+    def _on_cpu(self) -> bool:
+        return self._scale is not None and self._scale.device.type == "cpu"
 
     def _widen(self, scale: float) -> None:
         self._floor, self._ceiling = min(self._floor, scale), max(self._ceiling, scale)
@@ -372,6 +373,7 @@ class GradScaler(torch.amp.GradScaler):
         if self._enabled and len(state_dict):
             self._widen(check_scale(f"{_OWNER}.load_state_dict: scale", state_dict["scale"]))
         super().load_state_dict(dict(state_dict))
+        self._known, self._clean_steps = None, int(state_dict.get("_growth_tracker", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

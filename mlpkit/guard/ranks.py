@@ -63,6 +63,11 @@ class Ranks:
         """Whether no other rank is asked."""
         return self.group is None
 
+    @property
+    def reductions(self) -> int:
+        """All-reduces of a clean step: the decision and, of shards, the norm."""
+        return 0 if self.alone else 1 + self.sharded
+
     def _attend(self, module: nn.Module, _: Any = None, *, recurse: bool = False) -> None:
         """Look at gradients before they are reduced. FSDP2 shows its whole parameters only during a forward."""
         for parameter in module.parameters(recurse):

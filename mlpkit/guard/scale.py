@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,12 +48,7 @@ class LossScale:
             raise ArgumentError(
                 f"LossScale: init is {init!r}; it must lie between floor {floor!r} and ceiling {ceiling!r}"
             )
-        if not 1 < growth < math.inf:
-            raise ArgumentError(f"LossScale: growth is {growth!r}; it must be above 1")
-        if not 0 < backoff < 1:
-            raise ArgumentError(f"LossScale: backoff is {backoff!r}; it must lie between 0 and 1")
-        if isinstance(growth_interval, bool) or not isinstance(growth_interval, int) or growth_interval < 1:
-            raise ArgumentError(f"LossScale: growth_interval is {growth_interval!r}; it must be an int of at least 1")
+        check_rule("LossScale", growth=growth, backoff=backoff, growth_interval=growth_interval)
         self.value = float(init)
         self.clean_steps = 0
         self.growth, self.backoff, self.growth_interval = growth, backoff, growth_interval
@@ -98,3 +94,17 @@ def check_scale(what: str, value: object) -> float:
     if not _TINY <= value <= 1 / _TINY:
         raise ArgumentError(f"{what} is {value!r}; it and its reciprocal must be normal fp32 numbers (2^-126 to 2^126)")
     return float(value)
+
+
+def check_rule(owner: str, **rule: Any) -> None:
+    """Raises ArgumentError unless growth is above 1, back-off between 0 and 1, and the interval an int of at least 1.
+
+    rule: these three in order, under the names by which the caller knows them.
+    """
+    (growth_name, growth), (backoff_name, backoff), (interval_name, interval) = rule.items()
+    if not 1 < growth < math.inf:
+        raise ArgumentError(f"{owner}: {growth_name} is {growth!r}; it must be above 1 and finite")
+    if not 0 < backoff < 1:
+        raise ArgumentError(f"{owner}: {backoff_name} is {backoff!r}; it must lie between 0 and 1")
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise ArgumentError(f"{owner}: {interval_name} is {interval!r}; it must be an int of at least 1")

@@ -146,8 +146,11 @@ class TrainStep:
 
     @property
     def syncs(self) -> int:
-        """Flags that a clean step reads from the device: one on CUDA, none on the CPU, where there is no waiting."""
-        return int(not self._reads_are_free)
+        """Flags that a clean step reads from the device: none on the CPU, where there is no waiting; else one.
+
+        And one more for each all-reduce under DDP or FSDP2.
+        """
+        return 0 if self._reads_are_free else 1 + self._ranks.reductions
 
     def __call__(self, inputs: Tensor | Sequence[Any] | Mapping[str, Any], target: Any = None) -> StepResult:
         """Take one step, or with ``accumulate`` a part of one; inputs: a tensor, or a tuple or dict of arguments."""
