@@ -163,6 +163,22 @@ def scaler(wrap):
     return {"records": [record.to_dict() for record in one.records], "states": states, "scale": one.get_scale()}
 
 
+def reductions(wrap):
+    """How many all-reduces of ours a clean step makes; DDP's and FSDP2's own are made elsewhere."""
+    run = Run(wrap, clip_norm=1.0)
+    run.take(1)
+    calls, stock = [], torch.distributed.all_reduce
+
+    def counted(tensor, *arguments, **options):
+        calls.append(tensor.numel())
+        return stock(tensor, *arguments, **options)
+
+    torch.distributed.all_reduce = counted
+    run.take(1)
+    torch.distributed.all_reduce = stock
+    return calls
+
+
 def resumed(wrap, folder):
     """From a file, bit for bit."""
     run = Run(wrap)
@@ -203,6 +219,7 @@ def main(rank, folder):
         seen[wrap, "unproven optimizer"] = faults(wrap, "gradient", "centred")
         seen[wrap, "accumulation"] = accumulation(wrap)
         seen[wrap, "scaler"] = scaler(wrap)
+        seen[wrap, "reductions"] = reductions(wrap)
         seen[wrap, "resumed"] = resumed(wrap, folder)
     torch.save(copy.deepcopy(seen), folder / f"{rank}.pt")
     dies("fsdp", folder)

@@ -214,6 +214,20 @@ def test_headroom_is_in_bits_below_the_dtypes_limit():
     assert run.step.headroom == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_scale_so_low_that_every_gradient_is_flushed_to_zero_grows_at_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    step = TrainStep(
+        model, lambda y, _: y.mean() * 1e-8, torch.optim.SGD(model.parameters(), 1.0), precision="fp16", init_scale=1.0
+    )
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(12):
+        step(torch.randn(8, 4))
+    assert {change.reason for change in step.scale_changes} == {"underflow"}
+    assert 1.0 < step.scale < 2.0**12  # until some of them were there again, and no further
+    assert not torch.equal(model[1].weight, before["1.weight"])
+
+
 # Snapshots.
 
 

@@ -85,6 +85,12 @@ def test_the_scaler_asks_all_ranks_too(wrap, seen):
         assert found["scale"] == 32768.0
 
 
+def test_a_clean_step_costs_one_all_reduce_of_one_number_and_one_for_the_norm_of_shards(seen):
+    for one in seen:
+        assert one["ddp", "reductions"] == [1]
+        assert one["fsdp", "reductions"] == [1, 1]
+
+
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_each_rank_resumes_from_its_file_bit_for_bit(wrap, seen):
     for one in seen:

@@ -16,7 +16,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class ScaleChange:
-    """One change of the loss scale: at which step, from what to what, and ``"growth"`` or ``"backoff"``."""
+    """One change of the loss scale: at which step, from what to what; ``growth | backoff | underflow``."""
 
     step: int
     before: float
@@ -60,6 +60,10 @@ class LossScale:
         self.clean_steps += 1
         if self.clean_steps >= self.growth_interval:
             self._change(step, min(self.value * self.growth, self.ceiling), "growth")
+
+    def underflowed(self, step: int) -> None:
+        """Grow at once, as far as the ceiling: at this scale every gradient was flushed to zero."""
+        self._change(step, min(self.value * self.growth, self.ceiling), "underflow")
 
     def overflowed(self, step: int) -> None:
         """Back off after scaled gradients overflowed."""

@@ -363,7 +363,9 @@ class TrainStep:
 
     def _after_update(self, step: int, *, scaled: bool) -> None:
         if self._loss_scale and scaled:
-            self._loss_scale.step_taken(step)
+            # Learning that has stopped without any Inf or NaN: nothing survived float16's smallest number.
+            flushed = self._reads_are_free and self._window.norm is not None and float(self._window.norm) == 0
+            (self._loss_scale.underflowed if flushed else self._loss_scale.step_taken)(step)
         if self.scheduler is not None:
             self.scheduler.step()
 
