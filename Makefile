@@ -40,7 +40,7 @@ format: $(STAMP).lint
 # Compiles every CUDA kernel without linking, so that they cannot rot where torch has no CUDA. Needs nvcc on PATH.
 cuda-check: $(STAMP).core
 	$(BIN)/cmake -S . -B build/cuda-check -G Ninja -DMLPKIT_CUDA_CHECK=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
-	$(BIN)/cmake --build build/cuda-check --target mlpkit_cuda
+	$(BIN)/cmake --build build/cuda-check --target cuda-check
 
 # Counts the instructions of the AVX2 kernels anew and writes the numbers that the tests hold them to. Needs valgrind.
 instructions: $(STAMP).test

@@ -33,8 +33,20 @@ def facts() -> dict[str, str]:
         "cpu products": f"own kernels; float64 by {_C.gemm_library()}; {torch.get_num_threads()} threads",
         "cuda": cuda,
         "cuda kernels": f"{_C.cuda_kernels()} (MLPKIT_CUDA_KERNELS=proven|all): {KERNELS[_C.cuda_kernels()]}",
+        "wide layers": _wide_layers(built.CUDA, built.CUDA_WIDE_MISSING, built.CUTLASS),
         "cuda device": _device(built.CUDA),
     }
+
+
+def _wide_layers(built: bool, missing: str, cutlass: str) -> str:
+    if not built:
+        return "no CUDA kernels"
+    if missing:
+        return f"by cuBLAS and the epilogue kernel; other kernels were not built: {missing}"
+    return (
+        f"from 512 in_features and out_features on, in bf16 and fp16 on compute capability 9.0, kernels of CUTLASS "
+        f"{cutlass} with MLPKIT_CUDA_KERNELS=all (no device has measured them yet)"
+    )
 
 
 def _device(built: bool) -> str:

@@ -44,6 +44,7 @@ MLPKIT_DEVICE void sync_warp() { __syncwarp(); }
 MLPKIT_DEVICE void fence() { __threadfence(); }
 // Integers in global memory only: a sum of floats in no fixed order is not deterministic. Returns the number before.
 MLPKIT_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t value) { return atomicAdd(to, value); }
+MLPKIT_DEVICE void atomic_max(uint32_t* to, uint32_t value) { atomicMax(to, value); }
 
 // The value that another lane of the warp passes to the same call. Every lane of the warp calls it.
 template <class F>
@@ -138,6 +139,7 @@ MLPKIT_DEVICE void store16(T* to, const float* from) {
 }
 
 MLPKIT_DEVICE uint32_t load4(const void* from) { return *static_cast<const uint32_t*>(from); }
+MLPKIT_DEVICE uint32_t load1(const void* from) { return *static_cast<const uint8_t*>(from); }
 MLPKIT_DEVICE void store4(void* to, uint32_t from) { *static_cast<uint32_t*>(to) = from; }
 MLPKIT_DEVICE void store1(void* to, uint32_t from) { *static_cast<uint8_t*>(to) = static_cast<uint8_t>(from); }
 // Two adjacent numbers, one access of 8 bytes.

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "ops/linear_act_dropout.h"
+#include "ops/linear_act_dropout_wide.h"
 
 namespace mlpkit {
 namespace {
@@ -70,6 +71,46 @@ std::vector<To> list_of(const From& from) {
   return std::vector<To>(from.begin(), from.end());
 }
 
+// On its way down a network: the gradient by a layer's y, or already by its z, and then its bias gradient with it.
+struct Gradient {
+  at::Tensor tensor, dbias;
+  bool by_z;
+};
+
+SavedLayer saved_layer(const Plan& plan, const torch::autograd::variable_list& saved, size_t i) {
+  const at::Tensor* kept = &saved[5 * i];
+  return {kept[1], kept[3], kept[4], plan.activation_of(i), plan.negative_slope, plan.p_of(i)};
+}
+
+// One layer's gradients; what goes down is the gradient by the z of the layer below where one kernel leads there.
+std::tuple<Gradient, at::Tensor, at::Tensor, at::Tensor> layer_backward(const Plan& plan,
+                                                                        const torch::autograd::variable_list& saved,
+                                                                        size_t i, Gradient dy,
+                                                                        std::array<bool, 4> needs) {
+  const at::Tensor* kept = &saved[5 * i];
+  const bool leads = i > 0 && needs[0] && wide_kernels_lead(dy.tensor, kept[1], saved_layer(plan, saved, i - 1));
+  if (!leads && !dy.by_z) {
+    auto [dx, dweight, dbias, dslope] =
+        linear_act_dropout_backward(dy.tensor, kept[0], kept[1], optional(kept[2]), kept[3], kept[4],
+                                    plan.activation_of(i), plan.negative_slope, plan.p_of(i), needs);
+    return {{dx, {}, false}, dweight, dbias, dslope};
+  }
+  if (!dy.by_z && plan.hidden(i)) {
+    auto [dz, dbias] = gradient_by_z(dy.tensor, saved_layer(plan, saved, i));
+    dy = {dz, dbias, true};
+  }
+  // A linear layer's z is its y. Only layers without slopes come here.
+  const at::Tensor none = at::empty({0}, kept[0].options()),
+                   no_bits = at::empty({0}, kept[0].options().dtype(at::kByte));
+  auto [dx, dweight, dbias, dslope] =
+      linear_act_dropout_backward(dy.tensor, kept[0], kept[1], std::nullopt, none, no_bits, "identity", 0.0, 0.0,
+                                  {needs[0] && !leads, needs[1], needs[2] && !dy.by_z, false});
+  if (dy.by_z) dbias = dy.dbias;
+  if (!leads) return {{dx, {}, false}, dweight, dbias, dslope};
+  auto [dz, next_dbias] = wide_gradient(dy.tensor, kept[1], saved_layer(plan, saved, i - 1));
+  return {{dz, next_dbias, true}, dweight, dbias, dslope};
+}
+
 struct Node : torch::autograd::Function<Node> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList tensors, const Plan& plan) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -105,7 +146,7 @@ struct Node : torch::autograd::Function<Node> {
     size_t lowest = 0;  // the first tensor that wants a gradient: nothing below it is computed
     while (lowest < edges && !ctx->needs_input_grad(lowest)) ++lowest;
 
-    at::Tensor dy = grads[0];
+    Gradient dy{grads[0], {}, false};
     size_t end = edges;
     for (size_t i = plan.layers(); i-- > 0 && end > lowest;) {
       const size_t first = end - 1 - plan.has_bias[i] - plan.has_slope[i], bias = first + 1,
@@ -113,17 +154,14 @@ struct Node : torch::autograd::Function<Node> {
       const std::array<bool, 4> needs = {lowest < first, ctx->needs_input_grad(first),
                                          plan.has_bias[i] && ctx->needs_input_grad(bias),
                                          plan.has_slope[i] && ctx->needs_input_grad(slope)};
-      const at::Tensor* kept = &saved[5 * i];
-      auto [dx, dweight, dbias, dslope] =
-          linear_act_dropout_backward(dy, kept[0], kept[1], optional(kept[2]), kept[3], kept[4], plan.activation_of(i),
-                                      plan.negative_slope, plan.p_of(i), needs);
+      auto [dx, dweight, dbias, dslope] = layer_backward(plan, saved, i, dy, needs);
       if (needs[1]) result[first] = dweight;
       if (needs[2]) result[bias] = dbias;
       if (needs[3]) result[slope] = dslope;
-      dy = dx;
+      dy = std::move(dx);
       end = first;
     }
-    if (ctx->needs_input_grad(0)) result[0] = dy;
+    if (ctx->needs_input_grad(0)) result[0] = dy.tensor;
     return result;
   }
 };

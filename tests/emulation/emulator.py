@@ -28,15 +28,18 @@ def find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def build(compiler: str, folder: Path, *, kernels: Sequence[str] = (), calls: Sequence[str]) -> ctypes.CDLL:
+def build(
+    compiler: str, folder: Path, *, kernels: Sequence[str] = (), calls: Sequence[str], flags: Sequence[str] = ()
+) -> ctypes.CDLL:
     """Compiles kernels of csrc/cuda and files of this folder that call them into a shared library, and loads it."""
     library = folder / "libemulator.so"
     # No multiply-add contraction and no flags that change values: the CPU kernels of the `default` instruction set
     # have none either, so that results can be compared bit for bit.
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    common = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     includes = ["-I", str(HERE), "-I", str(CSRC)]
     sources = [*(CSRC / "cuda" / name for name in kernels), *(HERE / name for name in (*calls, *EMULATOR))]
-    subprocess.run([compiler, *flags, *includes, "-x", "c++", *map(str, sources), "-o", str(library)], check=True)
+    command = [compiler, *common, *flags, *includes, "-x", "c++", *map(str, sources), "-o", str(library)]
+    subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -69,9 +72,11 @@ class Device:
 class LinearActDropout(Device):
     """The element-wise kernels of linear_act_dropout."""
 
-    def __init__(self, compiler: str, folder: Path) -> None:
+    def __init__(self, compiler: str, folder: Path, *, calls: Sequence[str] = (), flags: Sequence[str] = ()) -> None:
         kernels = ("column_sums.cu", "linear_act_dropout.cu")
-        super().__init__(build(compiler, folder, kernels=kernels, calls=["linear_act_dropout.cpp"]))
+        super().__init__(
+            build(compiler, folder, kernels=kernels, calls=["linear_act_dropout.cpp", *calls], flags=flags)
+        )
         self._library.emulate_scratch_elements.restype = ctypes.c_int64
 
     def forward(

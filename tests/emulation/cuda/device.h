@@ -70,6 +70,11 @@ inline uint32_t atomic_add(uint32_t* to, uint32_t value) {
   return before;
 }
 
+inline void atomic_max(uint32_t* to, uint32_t value) {
+  check(to, 4, true);
+  *to = value > *to ? value : *to;
+}
+
 template <class F>
 F shuffle(F value, uint32_t from_lane) {
   uint64_t bits = 0;
@@ -157,6 +162,10 @@ inline uint32_t load4(const void* from) {
   uint32_t bits;
   memcpy(&bits, from, 4);
   return bits;
+}
+inline uint32_t load1(const void* from) {
+  check(from, 1, false);
+  return *static_cast<const uint8_t*>(from);
 }
 inline void store4(void* to, uint32_t from) {
   check(to, 4, true);
