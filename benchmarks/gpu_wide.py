@@ -1,11 +1,11 @@
 """The wide kernels on a CUDA device of compute capability 9.0 against the bare matrix products and eager, in one run.
 
-    python benchmarks/gpu_wide.py --into results.json
+    python benchmarks/gpu_wide.py --out results.json
 
 Adds the key ``wide`` to the results of ``benchmarks/gpu.py``. Both schedules of the forward kernel are timed, so that a
 device can choose; a layer's share of a network's step is forward, the product that leads to the layer below with its
-epilogue, and the weight's gradient. Rounds are interleaved, ratios are medians of the rounds' own. Exit code 2 where
-nothing can be measured, 1 where a result is wrong.
+epilogue, and the weight's gradient. Rounds are interleaved, ratios are medians of the rounds' own. Says so where there
+is nothing to measure. Exit code 2 where there is no device, 1 where a result is wrong.
 """
 
 from __future__ import annotations
@@ -170,21 +170,21 @@ def line(entry: dict[str, Any], ours: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--into", type=Path, required=True, help="the results file of benchmarks/gpu.py")
+    parser.add_argument("--out", type=Path, required=True, help="the results file, to which this adds")
     parser.add_argument("--rounds", type=int, default=9, help="at least 7")
     options = parser.parse_args()
     reason = obstacle()
-    if reason is None and _build_config.CUDA_WIDE_MISSING:
-        reason = f"no kernels for wide layers: {_build_config.CUDA_WIDE_MISSING}"
-    if reason is None and torch.cuda.get_device_capability() != (9, 0):
-        reason = "the kernels for wide layers run on compute capability 9.0"
     if reason is not None:
-        print(f"benchmarks/gpu_wide.py: skipped: {reason}", file=sys.stderr)
+        print(f"benchmarks/gpu_wide.py: {reason}", file=sys.stderr)
         return 2
+    if _build_config.CUDA_WIDE_MISSING or torch.cuda.get_device_capability() != (9, 0):
+        why = _build_config.CUDA_WIDE_MISSING or "they run on compute capability 9.0"
+        print(f"skipped: kernels for wide layers: {why}", flush=True)
+        return 0
     found, broken = cases(options.rounds)
-    report = json.loads(options.into.read_text()) if options.into.exists() else {}
+    report = json.loads(options.out.read_text()) if options.out.exists() else {}
     report["wide"] = {"cutlass": _build_config.CUTLASS, "rounds": options.rounds, "cases": found}
-    options.into.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
     if broken:
         print("WRONG: a wide kernel's error is larger than bfloat16 explains", flush=True)
     return 1 if broken else 0

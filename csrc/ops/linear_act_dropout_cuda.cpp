@@ -1,5 +1,5 @@
 // linear_act_dropout on a CUDA device: the library's GEMM and one fused element-wise kernel each way, or the kernels
-// for few in_features (ops).
+// for few in_features or for wide layers (ops).
 //
 // The forward product is taken in fp32 for bf16 and f16 (aten::mm.dtype), so that bias, activation and dropout see what
 // the GEMM accumulated and the result is rounded once; the gradients' GEMMs take dz rounded to the dtype, accumulate in
@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "ops/linear_act_dropout_cuda.h"
+#include "ops/linear_act_dropout_wide.h"
 
 namespace mlpkit {
 namespace {
@@ -59,6 +60,11 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
 
   if (takes_thin_kernels(op))
     return thin_forward(op, call, x, weight, bias, slope, seed, negative_slope, static_cast<uint32_t>(stream), save);
+  if (takes_wide_kernels(op)) {
+    const WideOptions options{negative_slope, static_cast<uint32_t>(stream), save};
+    auto [y, z, saved, census] = wide_forward(op, call, x, weight, bias, seed, options);
+    return {y, z, saved};
+  }
 
   at::Tensor y = at::empty(sizes, x.options());
   at::Tensor z = save && op.needs == Needs::preactivation ? at::empty_like(y) : none;

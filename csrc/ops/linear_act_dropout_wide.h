@@ -10,12 +10,19 @@ class CudaCall;
 // device. What they save is what the other paths save.
 bool takes_wide_kernels(const LinearActDropout& op);
 
+struct WideOptions {
+  double negative_slope;
+  uint32_t stream;
+  bool save;
+  bool census = false;
+  bool pingpong = false;  // the other schedule, for bf16
+};
+
 // y, z, bits and, if wanted, the census of y: the largest finite magnitude as a bit pattern, and whether there is a
-// non-finite element. pingpong: the other schedule, where it was built (bf16).
+// non-finite element.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> wide_forward(
     const LinearActDropout& op, const CudaCall& call, const at::Tensor& x, const at::Tensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& seed, double negative_slope, uint32_t stream, bool save,
-    bool census, bool pingpong);
+    const OptionalTensor& bias, const OptionalTensor& seed, const WideOptions& options);
 
 // What a layer saves for its backward pass, and its options.
 struct SavedLayer {

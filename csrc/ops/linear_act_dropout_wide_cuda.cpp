@@ -42,8 +42,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_op(
   check_fits("linear_act_dropout_wide_forward", op);
   TORCH_CHECK_NOT_IMPLEMENTED(!pingpong || op.dtype == Dtype::bfloat16,
                               "linear_act_dropout_wide_forward: the pingpong schedule takes bfloat16 alone");
-  return wide_forward(op, call, x, weight, bias, seed, negative_slope, static_cast<uint32_t>(stream), true, true,
-                      pingpong);
+  return wide_forward(op, call, x, weight, bias, seed,
+                      {negative_slope, static_cast<uint32_t>(stream), true, true, pingpong});
 }
 
 // The layer whose z and bits these are, with `depth` outputs of the one that follows it.
@@ -118,8 +118,8 @@ bool takes_wide_kernels(const LinearActDropout& op) { return cuda_kernels() == C
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> wide_forward(
     const LinearActDropout& op, const CudaCall& call, const at::Tensor& x, const at::Tensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& seed, double negative_slope, uint32_t stream, bool save,
-    bool census, bool pingpong) {
+    const OptionalTensor& bias, const OptionalTensor& seed, const WideOptions& options) {
+  const auto [negative_slope, stream, save, census, pingpong] = options;
   const at::Tensor inputs = on_16_bytes(x), weights = on_16_bytes(weight);
   const at::Tensor biases = bias ? on_16_bytes(*bias) : at::Tensor();
   const at::Tensor state = op.draws() ? seed->contiguous() : at::Tensor();
