@@ -102,14 +102,19 @@ class Pass {
     }
   }
 
-  // 16 columns of the team's rows: a times the tiles of a panel, `stride` tiles apart.
+  // 16 columns of the team's rows: a times the tiles of a panel, `stride` tiles apart, on top of the columns' biases.
   template <bool transposed>
-  MLPKIT_DEVICE void multiply(const Operand& a, int deep, const T* panel, int stride, float (&acc)[kHigh][2][4]) const {
+  MLPKIT_DEVICE void multiply(const Operand& a, int deep, const T* panel, int stride, const float* biases,
+                              float (&acc)[kHigh][2][4]) const {
     const int row = tile_row(lane_, transposed ? Blocks::lying : Blocks::exchanged);
+    float bias[4] = {};
+    if constexpr (!transposed)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) device::load(biases + e / 2 * 8 + lane_ % 4 * 2 + e % 2, bias[e]);
 #pragma unroll
     for (int h = 0; h < kHigh; ++h)
 #pragma unroll
-      for (int e = 0; e < 8; ++e) acc[h][e / 4][e % 4] = 0.f;
+      for (int e = 0; e < 8; ++e) acc[h][e / 4][e % 4] = bias[e / 4 * 2 + e % 2];
 #pragma unroll
     for (int k = 0; k < kDeep; ++k) {
       if (k >= deep) break;
@@ -143,7 +148,8 @@ class Pass {
       if (c >= wide) continue;
       const T* tiles = !plan_.resident ? stage + member_ * panel : resident + (transposed ? c : c * in) * kTileElements;
       float acc[kHigh][2][4];
-      multiply<transposed>(a, deep, tiles, transposed && plan_.resident ? in : 1, acc);
+      const float* biases = floats(plan_.bias[i]) + c * 16;
+      multiply<transposed>(a, deep, tiles, transposed && plan_.resident ? in : 1, biases, acc);
       // What follows a product is long: its code is there once, not for each row tile.
 #pragma unroll 1
       for (int h = 0; h < kHigh; ++h) {
@@ -158,13 +164,6 @@ class Pass {
   MLPKIT_DEVICE void forward(int i) {
     const bool last = i + 1 == p_.layers;
     product<false>(i, i, [&](int c, int row_tile, float (&z)[2][4]) {
-      const float* biases = floats(plan_.bias[i]) + c * 16 + lane_ % 4 * 2;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        float bias;
-        device::load(biases + e / 4 * 8 + e % 2, bias);
-        z[e / 4][e % 4] += bias;
-      }
       const int place = (row_tile * tiles_of(p_.layer[i].out) + c) * kTileElements + static_cast<int>(lane_) * 2;
       if (last)
         put_out(c, row_tile, place, z);

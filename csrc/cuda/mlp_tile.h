@@ -73,19 +73,55 @@ MLPKIT_DEVICE void load_eight(const Matrix& m, int64_t row, int col, float (&to)
     from(static_cast<const T*>(m.data));
 }
 
+// Where one part of a fill comes from: eight columns of a row.
+struct Part {
+  int64_t row;
+  int col;
+  bool inside;
+};
+MLPKIT_DEVICE Part part_of(const Matrix& m, int part, int col_tiles, int64_t row, int col) {
+  const int tile = part / 32, block = part / 8 % 4;
+  const int64_t r = row + tile / col_tiles * 16 + (block & 1) * 8 + part % 8;
+  const int c = col + tile % col_tiles * 16 + (block >> 1) * 8;
+  return {r, c, r < m.rows && c < m.cols};
+}
+
 // Tiles from row and col on, row tile by row tile, by all threads of the block; zeros beyond the matrix. Eight lanes
-// fill 128 adjacent bytes.
+// fill 128 adjacent bytes. All that one thread has to read is on its way at once, or a good part of it.
 template <class T>
 MLPKIT_DEVICE void fill_tiles(T* tiles, int row_tiles, int col_tiles, const Matrix& m, int64_t row, int col) {
-  const int parts = row_tiles * col_tiles * 32;
-#pragma unroll 2
-  for (int part = static_cast<int>(device::thread_index()); part < parts; part += kMlpThreads) {
-    const int tile = part / 32, block = part / 8 % 4;
-    const int64_t r = row + tile / col_tiles * 16 + (block & 1) * 8 + part % 8;
-    const int c = col + tile % col_tiles * 16 + (block >> 1) * 8;
-    float values[8] = {};
-    if (r < m.rows && c < m.cols) load_eight<T>(m, r, c, values);
-    device::store16(tiles + part * 8, values);
+  const int parts = row_tiles * col_tiles * 32, thread = static_cast<int>(device::thread_index());
+  if (!m.aligned || m.cols % 8 != 0) {
+    for (int part = thread; part < parts; part += kMlpThreads) {
+      const Part at = part_of(m, part, col_tiles, row, col);
+      float values[8] = {};
+      if (at.inside) load_eight<T>(m, at.row, at.col, values);
+      device::store16(tiles + part * 8, values);
+    }
+  } else if (m.single) {
+    constexpr int kAtOnce = 4;
+    for (int first = thread; first < parts; first += kAtOnce * kMlpThreads) {
+      float values[kAtOnce][8] = {};
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const Part at = part_of(m, first + i * kMlpThreads, col_tiles, row, col);
+        if (!at.inside || first + i * kMlpThreads >= parts) continue;
+        const float* from = static_cast<const float*>(m.data) + at.row * m.cols + at.col;
+        device::load16(from, values[i]);
+        device::load16(from + 4, values[i] + 4);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (first + i * kMlpThreads < parts) device::store16(tiles + (first + i * kMlpThreads) * 8, values[i]);
+    }
+  } else {
+    for (int part = thread; part < parts; part += kMlpThreads) {
+      const Part at = part_of(m, part, col_tiles, row, col);
+      const T* from = static_cast<const T*>(m.data) + (at.inside ? at.row * m.cols + at.col : 0);
+      device::copy16_async(tiles + part * 8, from, at.inside);
+    }
+    device::commit_copies();
+    device::wait_for_copies<0>();
   }
 }
 
