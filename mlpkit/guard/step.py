@@ -26,6 +26,7 @@ from mlpkit.guard.ranks import Ranks, unwrapped
 from mlpkit.guard.record import SkipRecord, StepResult, Window
 from mlpkit.guard.replay import MicroBatch, call, random_state, set_random_state
 from mlpkit.guard.scale import LossScale, ScaleChange, check_scale, scaled
+from mlpkit.guard.small import SmallStep, SmallWindow
 from mlpkit.guard.state import Buffers, OptimizerCopy, parameters_of, state_of
 
 
@@ -103,15 +104,22 @@ class TrainStep:
         self._window = Window()
         self._full_precision = False
         self._native = NativeStep(model, loss, optimizer, precision, accumulate)
+        self._small = SmallStep(self, loss, policy)
 
     @property
     def path(self) -> str:
-        """``"native"`` where the last step was one native call; ``"general"`` otherwise: ``path_reason`` says why."""
+        """``"native"`` where the last step was one native call, ``"small"`` where it was the CUDA kernels of small
+        networks; ``"general"`` otherwise: ``path_reason`` says why.
+        """
+        if self._small.why_not is None:
+            return "small"
         return "general" if self._native.why_not else "native"
 
     @property
     def path_reason(self) -> str | None:
-        """Why the last step went the general way; None where it was native."""
+        """Why the last step went the general way; None where it did not."""
+        if self._small.why_not is None or self._small.never is None:
+            return self._small.why_not
         return self._native.why_not
 
     @property
@@ -146,16 +154,20 @@ class TrainStep:
 
     @property
     def syncs(self) -> int:
-        """Flags that a clean step reads from the device: none on the CPU, where there is no waiting; else one.
-
-        And one more for each all-reduce under DDP or FSDP2.
+        """Flags that a clean step reads from the device: none on the CPU, where there is no waiting, nor where the
+        kernels of small networks decide; else one. And one more for each all-reduce under DDP or FSDP2.
         """
-        return 0 if self._reads_are_free else 1 + self._ranks.reductions
+        return 0 if self._reads_are_free or self.path == "small" else 1 + self._ranks.reductions
 
     def __call__(self, inputs: Tensor | Sequence[Any] | Mapping[str, Any], target: Any = None) -> StepResult:
         """Take one step, or with ``accumulate`` a part of one; inputs: a tensor, or a tuple or dict of arguments."""
         if self._aftermath.keeps and not self._batches:
             self._aftermath.before(self.steps)
+        if self._small.never is None:
+            self._check_call(target)
+            decided = self._small.attempt(self, inputs, target)
+            if decided is not None:
+                return self._decided_on_device(decided)
         outcome = self._native.again(inputs, target, self.clip_norm)
         if outcome is None:
             self._check_call(target)
@@ -205,6 +217,11 @@ class TrainStep:
         if self._aftermath.awake:
             self._aftermath.after(self.steps, None)
         return StepResult(loss, 1.0, self._window)
+
+    def _decided_on_device(self, outcome: Tensor) -> StepResult:
+        self._window = SmallWindow(outcome, self)
+        self.steps += 1
+        return StepResult(outcome[0], 1.0, self._window)
 
     def _forward_backward(self, inputs: Any, target: Any, scale: float) -> Tensor:
         before = random_state(self._device)

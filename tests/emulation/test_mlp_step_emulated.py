@@ -251,6 +251,17 @@ def test_many_blocks_of_rows_add_up_to_the_whole(emulator, shared_bytes):
         assert (ours - theirs).abs().max() <= 773 * torch.finfo(torch.float32).eps * theirs.abs().max()
 
 
+def test_sums_over_many_rows_of_one_sign_err_no_more_than_torch(emulator):
+    def one_sign(*args, **options):
+        task = make(*args, **options)
+        task.x.abs_()
+        task.target.fill_(-40.0)
+        return task
+
+    emulator.multiprocessors = 1
+    check(emulator, torch.bfloat16, [3, 2], 4000, one_sign, loss="mse", mean=False)
+
+
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {}, [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
     "sgd with nesterov's momentum": (
