@@ -9,14 +9,15 @@ MLPKIT_BEGIN_ISA
 class MaskTile {
  public:
   MLPKIT_HD void fill(const Dropout& dropout, uint64_t tile) {
-    const PhiloxTile philox(dropout, tile);
+    PhiloxTile philox(dropout);
+    philox.move_to(tile);
     for (int first = 0; first < kMaskLanes; first += kPhiloxVectors * kPhiloxLanes) {
-      LongVec lane[kPhiloxVectors], words[4][kPhiloxVectors];
+      LongVec lane[kPhiloxVectors], words[kPhiloxVectors][4];
       for (int i = 0; i < kPhiloxVectors * kPhiloxLanes; ++i) lane[i / kPhiloxLanes][i % kPhiloxLanes] = first + i;
       philox.words(lane, words);
       for (int word = 0; word < 4; ++word)
         for (int i = 0; i < kPhiloxVectors; i += 2)
-          store_low_halves(&words_[word][first + i * kPhiloxLanes], words[word][i], words[word][i + 1]);
+          store_low_halves(&words_[word][first + i * kPhiloxLanes], words[i][word], words[i + 1][word]);
     }
   }
 

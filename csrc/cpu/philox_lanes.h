@@ -29,44 +29,59 @@ MLPKIT_HD uint64_t multiply_low(uint64_t x, uint32_t by) { return (x & 0xfffffff
 // upper half may hold anything, because the multiplication reads the lower half only.
 class PhiloxTile {
  public:
-  MLPKIT_HD PhiloxTile(const Dropout& dropout, uint64_t tile)
-      : key0_(static_cast<uint32_t>(dropout.seed)), key1_(static_cast<uint32_t>(dropout.seed >> 32)) {
-    const uint64_t first0 = multiply_low(tile, kPhiloxMultiplier0);
-    const uint64_t first1 = multiply_low(uint64_t{dropout.offset}, kPhiloxMultiplier1);
-    start_ = (first1 >> 32) ^ (tile >> 32 << 5) ^ key0_;
-    first0_ = first0 ^ key1(1);
-    second1_ = multiply_low((first0 >> 32) ^ dropout.stream ^ key1_, kPhiloxMultiplier1);
-    third0_ = multiply_low((second1_ >> 32) ^ first1 ^ key0(1), kPhiloxMultiplier0);
+  MLPKIT_HD PhiloxTile() = default;
+  MLPKIT_HD explicit PhiloxTile(const Dropout& dropout) : offset_(dropout.offset), stream_(dropout.stream) {
+    uint32_t key0 = static_cast<uint32_t>(dropout.seed), key1 = static_cast<uint32_t>(dropout.seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      keys_[0][round] = key0;
+      keys_[1][round] = key1;
+      key0 += kPhiloxWeyl0;
+      key1 += kPhiloxWeyl1;
+    }
   }
 
-  // The four words of calls `lane`, in the lower halves.
-  MLPKIT_HD void words(const LongVec (&lane)[kPhiloxVectors], LongVec (&c)[4][kPhiloxVectors]) const {
-    for (int i = 0; i < kPhiloxVectors; ++i) {
-      const LongVec second0 = multiply_low(lane[i] ^ start_, kPhiloxMultiplier0);
-      const LongVec third1 = multiply_low((second0 >> 32) ^ first0_, kPhiloxMultiplier1);
-      c[0][i] = (third1 >> 32) ^ (second1_ ^ key0(2));
-      c[1][i] = third1;
-      c[2][i] = second0 ^ ((third0_ >> 32) ^ key1(2));
-      c[3][i] = LongVec{} + third0_;
-    }
+  MLPKIT_HD void move_to(uint64_t tile) {
+    const uint64_t first0 = multiply_low(tile, kPhiloxMultiplier0), first1 = multiply_low(offset_, kPhiloxMultiplier1);
+    const uint64_t second1 = multiply_low((first0 >> 32) ^ stream_ ^ keys_[1][0], kPhiloxMultiplier1);
+    start_ = (first1 >> 32) ^ (tile >> 32 << 5) ^ keys_[0][0];
+    second_ = first0 ^ keys_[1][1];
+    third_[3] = multiply_low((second1 >> 32) ^ first1 ^ keys_[0][1], kPhiloxMultiplier0);
+    third_[0] = second1 ^ keys_[0][2];
+    third_[2] = (third_[3] >> 32) ^ keys_[1][2];
+  }
+
+  // The four words of calls `lane`, in the lower halves: as they are before the round kFirst, ...
+  static constexpr int kFirst = 3;
+  MLPKIT_HD void begin(LongVec lane, LongVec (&c)[4]) const {
+    const LongVec second0 = multiply_low(lane ^ start_, kPhiloxMultiplier0);
+    const LongVec third1 = multiply_low((second0 >> 32) ^ second_, kPhiloxMultiplier1);
+    c[0] = (third1 >> 32) ^ third_[0];
+    c[1] = third1;
+    c[2] = second0 ^ third_[2];
+    c[3] = LongVec{} + third_[3];
+  }
+  // ... by one round, ...
+  MLPKIT_HD void round(int round, LongVec (&c)[4]) const {
+    const LongVec product0 = multiply_low(c[0], kPhiloxMultiplier0), product1 = multiply_low(c[2], kPhiloxMultiplier1);
+    c[0] = (product1 >> 32) ^ c[1] ^ keys_[0][round];
+    c[2] = (product0 >> 32) ^ c[3] ^ keys_[1][round];
+    c[1] = product1;
+    c[3] = product0;
+  }
+  // ... and after all, for several vectors that advance together.
+  template <int vectors>
+  MLPKIT_HD void words(const LongVec (&lane)[vectors], LongVec (&c)[vectors][4]) const {
+    for (int i = 0; i < vectors; ++i) begin(lane[i], c[i]);
 #pragma GCC unroll 10
-    for (int round = 3; round < kPhiloxRounds; ++round)
-      for (int i = 0; i < kPhiloxVectors; ++i) {
-        const LongVec product0 = multiply_low(c[0][i], kPhiloxMultiplier0);
-        const LongVec product1 = multiply_low(c[2][i], kPhiloxMultiplier1);
-        c[0][i] = (product1 >> 32) ^ c[1][i] ^ key0(round);
-        c[2][i] = (product0 >> 32) ^ c[3][i] ^ key1(round);
-        c[1][i] = product1;
-        c[3][i] = product0;
-      }
+    for (int r = kFirst; r < kPhiloxRounds; ++r)
+      for (int i = 0; i < vectors; ++i) round(r, c[i]);
   }
 
  private:
-  MLPKIT_HD uint32_t key0(uint32_t round) const { return key0_ + round * kPhiloxWeyl0; }
-  MLPKIT_HD uint32_t key1(uint32_t round) const { return key1_ + round * kPhiloxWeyl1; }
-
-  uint32_t key0_, key1_;
-  uint64_t start_, first0_, second1_, third0_;  // by the round they come from; start_ goes into the second
+  // Of 64 bits each, as vectors take them from memory: a scalar's way into a vector costs more.
+  uint64_t keys_[2][kPhiloxRounds];
+  uint64_t offset_, stream_;
+  uint64_t start_, second_, third_[4];  // what all calls of the tile share in the first three rounds
 };
 
 // The lower halves of a vector, or of two, side by side.
