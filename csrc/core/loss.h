@@ -66,6 +66,26 @@ struct LogMse {
   }
 };
 
+// Calls body(Term{}) with the formula struct of a loss by single outputs, and does nothing for cross_entropy, whose
+// outputs go together: the one run-time to compile-time switch.
+template <class Body>
+MLPKIT_HD void visit_loss(Loss loss, Body&& body) {
+  switch (loss) {
+    case Loss::cross_entropy:
+      return;
+    case Loss::bce:
+      return body(Bce{});
+    case Loss::mse:
+      return body(Mse{});
+    case Loss::l1:
+      return body(L1{});
+    case Loss::huber:
+      return body(Huber{});
+    case Loss::log_mse:
+      return body(LogMse{});
+  }
+}
+
 // With w the weight of a row's class t, e the label smoothing, C classes of weights v and W their sum:
 //   w (1 - e) (S - z_t) + e / C sum_j v_j (S - z_j),  S = log sum_j exp z_j
 // slope by z_j: w (1 - e) (softmax_j - [j = t]) + e / C (W softmax_j - v_j).

@@ -70,26 +70,11 @@ inline double loss_of_panel(const StepPanel& step, int64_t outputs, const float*
   double sum = 0.0;
   for (int64_t row = 0; row < kPanel; row += kLanes) {
     const int64_t count = step.rows - step.panel * kPanel - row;
-    switch (loss.kind) {
-      case Loss::cross_entropy:
-        sum += cross_entropy_of_lanes(loss, step.panel * kPanel + row, outputs, z + row, slopes + row);
-        break;
-      case Loss::bce:
-        sum += loss_of_lanes<Bce>(loss, count, outputs, z + row, target + row, slopes + row);
-        break;
-      case Loss::mse:
-        sum += loss_of_lanes<Mse>(loss, count, outputs, z + row, target + row, slopes + row);
-        break;
-      case Loss::l1:
-        sum += loss_of_lanes<L1>(loss, count, outputs, z + row, target + row, slopes + row);
-        break;
-      case Loss::huber:
-        sum += loss_of_lanes<Huber>(loss, count, outputs, z + row, target + row, slopes + row);
-        break;
-      case Loss::log_mse:
-        sum += loss_of_lanes<LogMse>(loss, count, outputs, z + row, target + row, slopes + row);
-        break;
-    }
+    if (loss.kind == Loss::cross_entropy)
+      sum += cross_entropy_of_lanes(loss, step.panel * kPanel + row, outputs, z + row, slopes + row);
+    visit_loss(loss.kind, [&]<class Term>(Term) {
+      sum += loss_of_lanes<Term>(loss, count, outputs, z + row, target + row, slopes + row);
+    });
   }
   return sum;
 }
