@@ -22,6 +22,16 @@ struct Flag {  // true while it lives
   bool& flag;
 };
 
+struct References {  // to the tensors of places, while it lives
+  References(std::vector<at::Tensor>& memory, const std::vector<Place>& places) : memory(memory) {
+    for (const Place& place : places) memory.push_back(THPVariable_Unpack(place.object.ptr()));
+  }
+  ~References() { memory.clear(); }
+  References(const References&) = delete;
+  References& operator=(const References&) = delete;
+  std::vector<at::Tensor>& memory;
+};
+
 // What is watched, as Python names it.
 struct Watched {
   py::list modules;    // that must stay plain
@@ -37,7 +47,7 @@ class WatchedStep {
  public:
   WatchedStep(const py::list& layers, const py::object& optimizer, const py::list& states, const Watched& watched,
               bool bfloat16, const std::string& activation, double negative_slope, MlpStepLoss loss,
-              const std::string& kind);
+              const py::object& class_weights, const std::string& kind);
 
   // None: something is not as it was proven to be. False: nothing was changed, because something is not finite, too
   // large or out of range. Otherwise the loss and the norm of the gradients.
@@ -48,7 +58,8 @@ class WatchedStep {
   // The same where Python has just proven everything anew.
   py::object take_proven(py::object inputs, py::object target, double clip_norm) {
     const auto holds = [](const py::object& parameter) { return trained(parameter.ptr()); };
-    if (busy_ || !read_dropout() || !read_groups() || !std::all_of(trained_.begin(), trained_.end(), holds))
+    if (busy_ || !same_places() || !read_dropout() || !read_groups() ||
+        !std::all_of(trained_.begin(), trained_.end(), holds))
       return py::none();
     return run(inputs, target, clip_norm);
   }
@@ -59,7 +70,10 @@ class WatchedStep {
   void forget();
 
  private:
+  BorrowedTensor borrow(const py::handle& object);
+  MlpStepNorm norm_of(const py::handle& object);
   bool same();
+  bool same_places() const;
   bool fits(PyObject* inputs, PyObject* target) const;
   bool read_dropout();
   bool read_groups();
@@ -71,6 +85,7 @@ class WatchedStep {
   std::vector<std::pair<py::dict, py::str>> rates_;
   std::vector<py::object> hooks_, trained_;
   std::vector<Place> places_;
+  std::vector<at::Tensor> alive_;  // of places, during a step
   py::dict optimizer_;
   py::object state_;
   std::vector<std::vector<py::object>> group_params_;
@@ -95,13 +110,18 @@ Loss loss_of(const std::string& name) {
   throw py::value_error("mlp_step: loss is '" + name + "'; it must be cross_entropy, bce, mse, l1, huber or log_mse");
 }
 
-std::optional<at::Tensor> tensor_or_none(const py::handle& object) {
-  if (object.is_none()) return std::nullopt;
-  return THPVariable_Unpack(object.ptr());
+// What lies behind a tensor's object, which is held as long as the step may be taken; None is nullptr.
+BorrowedTensor WatchedStep::borrow(const py::handle& object) {
+  if (object.is_none()) return nullptr;
+  const BorrowedTensor tensor = THPVariable_Unpack(object.ptr()).unsafeGetTensorImpl();
+  const auto known = [&](const Place& place) { return place.tensor == tensor; };
+  if (std::none_of(places_.begin(), places_.end(), known))
+    places_.emplace_back(py::reinterpret_borrow<py::object>(object));
+  return tensor;
 }
 
 // (kind, eps, momentum, frozen, weight, bias, running mean, running variance, batches)
-MlpStepNorm norm_of(const py::handle& object) {
+MlpStepNorm WatchedStep::norm_of(const py::handle& object) {
   MlpStepNorm norm;
   if (object.is_none()) return norm;
   const auto parts = object.cast<py::tuple>();
@@ -109,8 +129,8 @@ MlpStepNorm norm_of(const py::handle& object) {
   norm.eps = parts[1].cast<double>();
   norm.momentum = parts[2].cast<double>();
   norm.frozen = parts[3].cast<bool>();
-  std::optional<at::Tensor>* to[] = {&norm.weight, &norm.bias, &norm.running_mean, &norm.running_var, &norm.batches};
-  for (size_t i = 0; i < 5; ++i) *to[i] = tensor_or_none(parts[4 + i]);
+  BorrowedTensor* to[] = {&norm.weight, &norm.bias, &norm.running_mean, &norm.running_var, &norm.batches};
+  for (size_t i = 0; i < 5; ++i) *to[i] = borrow(parts[4 + i]);
   return norm;
 }
 
@@ -119,7 +139,7 @@ MlpStepNorm norm_of(const py::handle& object) {
 // count (or None).
 WatchedStep::WatchedStep(const py::list& layers, const py::object& optimizer, const py::list& states,
                          const Watched& watched, bool bfloat16, const std::string& activation, double negative_slope,
-                         MlpStepLoss loss, const std::string& kind)
+                         MlpStepLoss loss, const py::object& class_weights, const std::string& kind)
     : optimizer_(optimizer.attr("__dict__")),
       state_(optimizer.attr("state")),
       drawing_(watched.drawing),
@@ -137,24 +157,20 @@ WatchedStep::WatchedStep(const py::list& layers, const py::object& optimizer, co
   std::vector<MlpStepLayer> tensors;
   for (const py::handle layer : layers) {
     const auto parts = layer.cast<py::tuple>();
-    tensors.push_back(
-        {*tensor_or_none(parts[0]), tensor_or_none(parts[1]), tensor_or_none(parts[2]), norm_of(parts[3])});
-    for (const auto& average : {tensors.back().norm.running_mean, tensors.back().norm.running_var})
-      if (average) places_.emplace_back(*average);
+    tensors.push_back({borrow(parts[0]), borrow(parts[1]), borrow(parts[2]), norm_of(parts[3])});
   }
   std::vector<MlpStepState> known_states;
   has_first_.resize(py::len(optimizer.attr("param_groups")));
   for (const py::handle entry : states) {
     const auto parts = entry.cast<py::tuple>();
-    MlpStepState state{parts[0].cast<int64_t>(), std::nullopt, std::nullopt, std::nullopt};
-    std::optional<at::Tensor>* to[] = {&state.first, &state.second, &state.step};
+    MlpStepState state{parts[0].cast<int64_t>()};
+    BorrowedTensor* to[] = {&state.first, &state.second, &state.step};
     Entries known{parts[1].cast<py::dict>(), {}};
     for (int i = 0; i < 3; ++i) {
       if (parts[2 + i].is_none()) continue;
       const auto key = parts[2 + i].cast<py::str>();
       known.known.emplace_back(key, known.dict[key].cast<py::object>());
-      *to[i] = tensor_or_none(known.dict[key]);
-      places_.emplace_back(**to[i]);
+      *to[i] = borrow(known.dict[key]);
     }
     if (state.first) has_first_[state.group] = true;
     entries_.push_back(std::move(known));
@@ -165,14 +181,14 @@ WatchedStep::WatchedStep(const py::list& layers, const py::object& optimizer, co
     for (const py::handle parameter : group["params"]) {
       params.push_back(parameter.cast<py::object>());
       trained_.push_back(params.back());
-      places_.emplace_back(THPVariable_Unpack(parameter.ptr()));
+      borrow(parameter);
     }
   }
   by_class_ = loss.kind == Loss::cross_entropy;
-  if (loss.class_weights) places_.emplace_back(*loss.class_weights);
-  in_ = tensors.front().weight.size(1);
-  out_ = tensors.back().weight.size(0);
-  step_ = std::make_unique<MlpStep>(std::move(tensors), bfloat16, activation, negative_slope, std::move(loss), kind,
+  loss.class_weights = borrow(class_weights);
+  in_ = tensors.front().weight->size(1);
+  out_ = tensors.back().weight->size(0);
+  step_ = std::make_unique<MlpStep>(std::move(tensors), bfloat16, activation, negative_slope, loss, kind,
                                     std::move(known_states));
 }
 
@@ -186,8 +202,12 @@ bool WatchedStep::same() {
          all(modules_, [](const Module& module) { return module.plain(); }) &&
          all(items_, [](const Items& items) { return items.same(); }) &&
          all(entries_, [](const Entries& entries) { return entries.same(); }) &&
-         all(trained_, [](const py::object& parameter) { return trained(parameter.ptr()); }) &&
-         all(places_, [](const Place& place) { return place.same(); }) && read_dropout() && read_groups();
+         all(trained_, [](const py::object& parameter) { return trained(parameter.ptr()); }) && same_places() &&
+         read_dropout() && read_groups();
+}
+
+bool WatchedStep::same_places() const {
+  return std::all_of(places_.begin(), places_.end(), [](const Place& place) { return place.same(); });
 }
 
 // Calls visit(object) for every object that is held, until one call returns something else than 0.
@@ -207,6 +227,7 @@ int WatchedStep::each_object(const Visit& visit) const {
     for (const auto& [name, value] : entries.known) see(value);
   }
   for (const auto& [dict, name] : rates_) see(dict);
+  for (const Place& place : places_) see(place.object);
   for (const auto* list : {&hooks_, &trained_})
     for (const py::object& object : *list) see(object);
   for (const auto& params : group_params_)
@@ -224,6 +245,7 @@ void WatchedStep::forget() {
   const auto items = std::exchange(items_, {});
   const auto entries = std::exchange(entries_, {});
   const auto rates = std::exchange(rates_, {});
+  const auto places = std::exchange(places_, {});
   const auto hooks = std::exchange(hooks_, {}), trained = std::exchange(trained_, {});
   const auto params = std::exchange(group_params_, {});
   const py::object state = std::move(state_), drawing = std::move(drawing_), own_step = std::move(own_step_);
@@ -286,6 +308,8 @@ py::object WatchedStep::run(const py::object& inputs, const py::object& target, 
   const Flag busy(busy_);
   {
     const at::Tensor x = THPVariable_Unpack(inputs.ptr()), t = THPVariable_Unpack(target.ptr());
+    // Another thread may swap tensors meanwhile.
+    const References references(alive_, places_);
     const py::gil_scoped_release release;
     const at::AutoDispatchBelowADInplaceOrView below;
     outcome = step_->take(x, t, p_, draws_, clip_norm, groups_);
@@ -326,12 +350,11 @@ void bind_step(py::module_& m) {
                        const py::list& modules, const py::list& dicts, const py::list& entries, const py::list& rates,
                        const py::list& hooks, const py::object& drawing, bool bfloat16, const std::string& activation,
                        double negative_slope, const std::string& loss, bool mean, double delta, double label_smoothing,
-                       int64_t ignore_index, std::optional<at::Tensor> class_weights, const std::string& kind) {
+                       int64_t ignore_index, const py::object& class_weights, const std::string& kind) {
              return std::make_unique<WatchedStep>(
                  layers, optimizer, states, Watched{modules, dicts, entries, rates, drawing, hooks}, bfloat16,
-                 activation, negative_slope,
-                 MlpStepLoss{loss_of(loss), mean, delta, label_smoothing, ignore_index, std::move(class_weights)},
-                 kind);
+                 activation, negative_slope, MlpStepLoss{loss_of(loss), mean, delta, label_smoothing, ignore_index},
+                 class_weights, kind);
            }),
            py::kw_only(), py::arg("layers"), py::arg("optimizer"), py::arg("states"), py::arg("modules"),
            py::arg("dicts"), py::arg("entries"), py::arg("rates"), py::arg("hooks"), py::arg("drawing"),

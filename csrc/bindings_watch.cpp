@@ -61,9 +61,17 @@ bool Items::same() const {
   return true;
 }
 
+Place::Place(py::object of) : object(std::move(of)) {
+  const at::Tensor& known = THPVariable_Unpack(object.ptr());
+  tensor = known.unsafeGetTensorImpl();
+  dtype = known.scalar_type();
+  sizes = known.sizes().vec();
+}
+
 bool Place::same() const {
-  return tensor.scalar_type() == at::kFloat && tensor.device().is_cpu() && tensor.sizes() == sizes &&
-         tensor.is_contiguous() && !tensor.is_inference() && !tensor.is_neg() && !tensor._is_zerotensor();
+  const at::Tensor& now = THPVariable_Unpack(object.ptr());
+  return now.unsafeGetTensorImpl() == tensor && now.scalar_type() == dtype && now.device().is_cpu() &&
+         now.sizes() == sizes && now.is_contiguous() && !now.is_inference() && !now.is_neg() && !now._is_zerotensor();
 }
 
 bool trained(PyObject* object) {

@@ -53,11 +53,14 @@ struct Items {
   bool same() const;
 };
 
-// A float32 tensor that lies on the CPU as it did.
+// A tensor that lies on the CPU as it did, and is still the one behind Python's object: torch.utils.swap_tensors puts
+// another one there. Only the object is held.
 struct Place {
-  at::Tensor tensor;
+  py::object object;
+  at::TensorImpl* tensor;
+  at::ScalarType dtype;
   std::vector<int64_t> sizes;
-  explicit Place(const at::Tensor& of) : tensor(of), sizes(of.sizes().vec()) {}
+  explicit Place(py::object of);
   bool same() const;
 };
 

@@ -98,6 +98,32 @@ def test_result_state_and_random_numbers_are_those_of_the_general_way(optimizer)
     assert native.steps == twin.steps
 
 
+@pytest.mark.parametrize("drawn", [0, 1, 620, 621, 623])
+def test_a_seed_is_drawn_as_torch_randint_draws(drawn):
+    step, states = trained("sgd"), []
+    for draw in (
+        lambda: step(*batch("cross_entropy", 0)),
+        lambda: torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64),
+    ):
+        torch.manual_seed(3)
+        torch.randint(7, (drawn,))  # of the generator's 624 words
+        draw()
+        states.append(torch.get_rng_state())
+    assert step.path == "native"
+    assert torch.equal(*states)
+
+
+def test_batches_of_other_sizes_change_no_bit():
+    step = trained("adam")
+    for rows in (33, 33, 64, 7, 33):
+        twin = copy.deepcopy(step)  # which has laid out nothing
+        for each in (step, twin):
+            torch.manual_seed(rows)
+            each(*batch("cross_entropy", rows, rows=rows))
+            assert each.path == "native"
+        assert same(everything(step), everything(twin))
+
+
 FAULTS = {
     "Inf in the batch": lambda x, t: (x.index_fill(0, torch.tensor([3]), math.inf), t, "inputs"),
     "NaN in the batch": lambda x, t: (x.index_fill(0, torch.tensor([3]), math.nan), t, "inputs"),

@@ -38,6 +38,36 @@ def test_settings_of_a_loss_module_are_read_at_each_step():
         assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
 
 
+def test_a_parameter_may_be_swapped_after_a_native_step():
+    step = trained("adam")
+    assert step.path == "native"
+    weight, other = step.model.layers[0].weight, nn.Parameter(torch.randn(20, 7))
+    values = other.detach().clone()
+    torch.utils.swap_tensors(weight, other)
+    del other
+    assert torch.equal(weight, values)
+    twin = general(step)
+    for each in (step, twin):
+        torch.manual_seed(0)
+        each(*batch("cross_entropy", 0))
+    assert step.path == "native"
+    for a, b in zip(step.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_that_a_native_step_never_keeps_are_there_for_a_hook():
+    step = trained("adam")
+    step(*batch("cross_entropy", 0))
+    assert step.path == "native"
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+    seen = []
+    bias = step.model.layers[0].bias
+    bias.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+    step(*batch("cross_entropy", 1))
+    assert step.path == "general"
+    assert seen[0].shape == bias.shape
+
+
 def with_hook(step):
     step.model.layers[0].register_forward_hook(lambda *_: None)
 

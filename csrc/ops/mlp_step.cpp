@@ -2,7 +2,7 @@
 #include "ops/mlp_step.h"
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/ops/randint.h>
+#include <ATen/core/DistributionsHelper.h>
 
 #include <algorithm>
 #include <cfloat>
@@ -19,33 +19,34 @@ namespace {
 // an update.
 constexpr double kLargest = 1099511627776.0;  // 2^40
 
-// torch's generator for the CPU, which is put back unless the step keeps what it drew.
+// A seed from torch's generator for the CPU, which is put back unless the step keeps what it drew.
 class Seed {
  public:
-  explicit Seed(bool draws) : generator_(at::detail::getDefaultCPUGenerator()) {
+  explicit Seed(bool draws) {
     if (!draws) return;
-    before_ = engine();
-    // As Python draws a seed, so that the general way has the same masks.
-    const at::Tensor state = at::randint(INT64_MIN, INT64_MAX, {2}, at::kLong);
-    seed = state.const_data_ptr<int64_t>()[0];
-    offset = state.const_data_ptr<int64_t>()[1];
-    after_ = engine();
+    generator_ = at::detail::getDefaultCPUGenerator();
+    const std::lock_guard<std::mutex> lock(generator_.mutex());
+    before_ = cpu().engine();
+    // As torch.randint(-2^63, 2^63 - 1) draws, so that the general way has the same masks; without its dispatch, which
+    // takes longer than the masks of a small network.
+    const at::uniform_int_from_to_distribution<int64_t> draw(UINT64_MAX, INT64_MIN);
+    seed = draw(&cpu());
+    offset = draw(&cpu());
+    after_ = cpu().engine();
   }
   ~Seed() {
     if (!after_ || kept) return;
     const std::lock_guard<std::mutex> lock(generator_.mutex());
-    auto* cpu = at::check_generator<at::CPUGeneratorImpl>(generator_);
     // What another thread has drawn meanwhile must not come again.
-    if (same(cpu->engine().data(), after_->data())) cpu->set_engine(*before_);
+    if (same(cpu().engine().data(), after_->data())) cpu().set_engine(*before_);
   }
+  Seed(const Seed&) = delete;
+  Seed& operator=(const Seed&) = delete;
   int64_t seed = 0, offset = 0;
   bool kept = false;
 
  private:
-  at::mt19937 engine() {
-    const std::lock_guard<std::mutex> lock(generator_.mutex());
-    return at::check_generator<at::CPUGeneratorImpl>(generator_)->engine();
-  }
+  at::CPUGeneratorImpl& cpu() { return *at::check_generator<at::CPUGeneratorImpl>(generator_); }
   static bool same(const at::mt19937_data_pod& a, const at::mt19937_data_pod& b) {
     return a.seed_ == b.seed_ && a.left_ == b.left_ && a.next_ == b.next_ && a.state_ == b.state_;
   }
@@ -76,19 +77,19 @@ Optimizer optimizer_from_name(const std::string& name) {
 // Layers as the kernels take them, with gradients in one block of memory; what depends on the batch comes later.
 void MlpStep::Work::lay_out() {
   int64_t floats = 0;
-  for (const MlpStepParameter& parameter : parameters) floats += parameter.value.numel();
+  for (const MlpStepParameter& parameter : parameters) floats += parameter.value->numel();
   float* free = gradients.at_least(floats);
   size_t next = 0;
   const auto gradient = [&] {
     MlpStepParameter& parameter = parameters[next++];
     parameter.gradient = free;
-    free += parameter.value.numel();
+    free += parameter.value->numel();
     return parameter.gradient;
   };
   for (const MlpStepLayer& tensor : tensors) {
     StepLayer layer{};
-    layer.in = tensor.weight.size(1);
-    layer.out = tensor.weight.size(0);
+    layer.in = tensor.weight->size(1);
+    layer.out = tensor.weight->size(0);
     const bool last = layers.size() + 1 == tensors.size();
     layer.activation = last ? Activation::identity : activation;
     layer.negative_slope = negative_slope;
@@ -127,16 +128,20 @@ void MlpStep::Work::set_weights() {
   }
 }
 
-// Everything that depends on the number of rows and on p.
-void MlpStep::Work::set_rows(int64_t count, const std::vector<double>& p, int64_t seed, int64_t offset) {
-  rows = count;
-  const int64_t panels = panels_of(rows), column = kPanel / kernels.per_lane;
+void MlpStep::Work::set_dropout(const std::vector<double>& p, int64_t seed, int64_t offset) {
   for (size_t i = 0; i < layers.size(); ++i) {
     Dropout& dropout = layers[i].dropout;
     dropout = {static_cast<uint64_t>(seed), static_cast<uint32_t>(offset), static_cast<uint32_t>(i)};
     dropout.threshold = i + 1 < layers.size() ? dropout_threshold(p[i]) : 0;
     dropout.scale = dropout_scale(dropout.threshold);
   }
+}
+
+// Everything that depends on the number of rows, which is mostly that of the step before.
+void MlpStep::Work::set_rows(int64_t count) {
+  if (count == rows && kernels.per_lane == rows_per_lane) return;
+  rows = 0;  // nothing is laid out, should there be no memory
+  const int64_t panels = panels_of(count), column = kPanel / kernels.per_lane;
   int64_t floats = 0, work = 0;
   for (const StepLayer& layer : layers) {
     floats += panels * column * (panels_of(layer.in) * kPanel + layer.out) + (layer.slope ? panels * layer.out : 0);
@@ -157,9 +162,11 @@ void MlpStep::Work::set_rows(int64_t count, const std::vector<double>& p, int64_
     layer.dslope = layer.slope ? take(panels * layer.out) : nullptr;
     for (int64_t i = 0; i < panels_of(layer.in); ++i) {
       double* piece = squares.data() + pieces.size();
-      pieces.push_back({&layer, rows, i, piece});
+      pieces.push_back({&layer, count, i, piece});
     }
   }
+  rows = count;
+  rows_per_lane = kernels.per_lane;
 }
 
 // The loss as the kernels take it; nothing where a class is out of range.
@@ -205,9 +212,9 @@ bool MlpStep::Work::bounded() {
   bool negative = false;
   for (const MlpStepParameter& parameter : parameters) {
     const MlpStepState& state = parameter.state;
-    cpu::inspect({data(parameter.value), data_or_null(state.first), data_or_null(state.second), parameter.value.numel(),
-                  &largest, &negative});
-    if (state.step && !(*data(*state.step) >= 0.f && *data(*state.step) < 16777216.f)) negative = true;
+    cpu::inspect({data(parameter.value), data_or_null(state.first), data_or_null(state.second),
+                  parameter.value->numel(), &largest, &negative});
+    if (state.step && !(*data(state.step) >= 0.f && *data(state.step) < 16777216.f)) negative = true;
   }
   return largest <= kLargest && !negative;  // NaN is not
 }
@@ -221,14 +228,14 @@ MlpStep::MlpStep(std::vector<MlpStepLayer> layers, bool bfloat16, const std::str
   work_->dtype = bfloat16 ? Dtype::bfloat16 : Dtype::float32;
   work_->activation = activation_from_name(activation, "mlp_step");
   work_->negative_slope = static_cast<float>(negative_slope);
-  work_->loss = std::move(loss);
+  work_->loss = loss;
   work_->optimizer = optimizer_from_name(optimizer);
   for (const MlpStepLayer& layer : work_->tensors)
-    for (const auto& value : {std::optional(layer.weight), layer.bias, layer.norm.weight, layer.norm.bias, layer.slope})
+    for (const BorrowedTensor value : {layer.weight, layer.bias, layer.norm.weight, layer.norm.bias, layer.slope})
       if (value) {
         const size_t i = work_->parameters.size();
         TORCH_CHECK_VALUE(i < states.size(), "mlp_step: ", states.size(), " states came for more parameters");
-        work_->parameters.push_back({*value, states[i], nullptr});
+        work_->parameters.push_back({value, states[i], nullptr});
       }
   work_->lay_out();
 }
@@ -243,7 +250,8 @@ MlpStepOutcome MlpStep::take(const at::Tensor& x, const at::Tensor& target, cons
   const at::Tensor inputs = x.contiguous(), targets = target.contiguous();
   Seed seed(draws);
   work.set_weights();
-  work.set_rows(inputs.size(0), p, seed.seed, seed.offset);
+  work.set_dropout(p, seed.seed, seed.offset);
+  work.set_rows(inputs.size(0));
   work.set_norms();
   const std::optional<StepLoss> loss = work.loss_of(targets);
   if (!loss) return {false, 0.0, 0.0};

@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,17 +12,21 @@
 
 namespace mlpkit {
 
+// Parameters and state are borrowed: between steps nothing here counts as a reference to a tensor, which would keep
+// torch.utils.swap_tensors from its work. nullptr where there is none.
+using BorrowedTensor = c10::TensorImpl*;
+
 struct MlpStepNorm {  // of a hidden layer
   Norm kind = Norm::none;
   double eps = 0.0, momentum = 0.0;
   bool frozen = false;  // batch: the running averages take the place of the batch's
-  std::optional<at::Tensor> weight, bias, running_mean, running_var;
-  std::optional<at::Tensor> batches;  // int64: how many have been seen
+  BorrowedTensor weight = nullptr, bias = nullptr, running_mean = nullptr, running_var = nullptr;
+  BorrowedTensor batches = nullptr;  // int64: how many have been seen
 };
 
 struct MlpStepLayer {
-  at::Tensor weight;  // [out, in]
-  std::optional<at::Tensor> bias, slope;
+  BorrowedTensor weight;  // [out, in]
+  BorrowedTensor bias, slope;
   MlpStepNorm norm;
 };
 
@@ -32,13 +35,13 @@ struct MlpStepLoss {
   bool mean;  // otherwise the sum
   double delta = 1.0, label_smoothing = 0.0;
   int64_t ignore_index = -100;
-  std::optional<at::Tensor> class_weights;
+  BorrowedTensor class_weights = nullptr;
 };
 
 // A parameter's place in the optimizer: its group and its state as torch.optim keeps it.
 struct MlpStepState {
   int64_t group;
-  std::optional<at::Tensor> first, second, step;
+  BorrowedTensor first = nullptr, second = nullptr, step = nullptr;
 };
 
 struct MlpStepGroup {
@@ -56,7 +59,7 @@ struct MlpStepOutcome {
 // Parameters, gradients and state are float32 on the CPU; bfloat16: inputs, weights, outputs of hidden layers and what
 // flows back are rounded to that before they are multiplied, as under autocast. Parameters count as weight, bias, slope
 // of the first layer, and so on, absent ones left out. What the caller vouches for: contiguous tensors of the right
-// dtype and shape, all of them trained.
+// dtype and shape that live, all of them trained.
 class MlpStep {
  public:
   MlpStep(std::vector<MlpStepLayer> layers, bool bfloat16, const std::string& activation, double negative_slope,

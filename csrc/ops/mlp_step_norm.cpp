@@ -27,8 +27,8 @@ void MlpStep::Work::set_norms() {
     layer.norm.inverse = work.inverse.data();
     if (tensor.frozen) {
       for (int64_t n = 0; n < layer.out; ++n) {
-        work.mean[n] = data(*tensor.running_mean)[n];
-        work.inverse[n] = inverse_deviation(data(*tensor.running_var)[n], tensor.eps);
+        work.mean[n] = data(tensor.running_mean)[n];
+        work.inverse[n] = inverse_deviation(data(tensor.running_var)[n], tensor.eps);
       }
       continue;
     }
@@ -61,11 +61,11 @@ void MlpStep::Work::combine_moments(size_t i) {
     work.mean[n] = static_cast<float>(mean);
     work.inverse[n] = static_cast<float>(inverse_deviation(squares_of / count, tensor.eps));
     if (!tensor.running_mean) continue;
-    const auto moved = [&](const at::Tensor& average, double value) {
+    const auto moved = [&](const BorrowedTensor average, double value) {
       return static_cast<float>((1.0 - tensor.momentum) * data(average)[n] + tensor.momentum * value);
     };
-    work.next_mean[n] = moved(*tensor.running_mean, mean);
-    work.next_variance[n] = moved(*tensor.running_var, squares_of / (count - 1.0));
+    work.next_mean[n] = moved(tensor.running_mean, mean);
+    work.next_variance[n] = moved(tensor.running_var, squares_of / (count - 1.0));
   }
 }
 
@@ -108,7 +108,7 @@ bool MlpStep::Work::averages_bounded() const {
   for (size_t i = 0; i < layers.size(); ++i) {
     const MlpStepNorm& tensor = tensors[i].norm;
     for (int64_t n = 0; tensor.running_mean && n < layers[i].out; ++n)
-      if (!std::isfinite(data(*tensor.running_mean)[n]) || !std::isfinite(data(*tensor.running_var)[n])) return false;
+      if (!std::isfinite(data(tensor.running_mean)[n]) || !std::isfinite(data(tensor.running_var)[n])) return false;
     for (const std::vector<float>* next : {&norms[i].next_mean, &norms[i].next_variance})
       for (const float value : *next)
         if (!std::isfinite(value)) return false;
@@ -121,14 +121,13 @@ void MlpStep::Work::move_averages() {
     const MlpStepNorm& tensor = tensors[i].norm;
     if (tensor.kind != Norm::batch || tensor.frozen) continue;
     if (tensor.batches) {
-      *static_cast<int64_t*>(tensor.batches->mutable_data_ptr()) += 1;
-      tensor.batches->unsafeGetTensorImpl()->bump_version();
+      *static_cast<int64_t*>(tensor.batches->mutable_data()) += 1;
+      tensor.batches->bump_version();
     }
     if (!tensor.running_mean) continue;
-    std::copy(norms[i].next_mean.begin(), norms[i].next_mean.end(), data(*tensor.running_mean));
-    std::copy(norms[i].next_variance.begin(), norms[i].next_variance.end(), data(*tensor.running_var));
-    for (const at::Tensor& average : {*tensor.running_mean, *tensor.running_var})
-      average.unsafeGetTensorImpl()->bump_version();
+    std::copy(norms[i].next_mean.begin(), norms[i].next_mean.end(), data(tensor.running_mean));
+    std::copy(norms[i].next_variance.begin(), norms[i].next_variance.end(), data(tensor.running_var));
+    for (const BorrowedTensor average : {tensor.running_mean, tensor.running_var}) average->bump_version();
   }
 }
 

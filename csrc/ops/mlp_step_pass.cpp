@@ -15,17 +15,17 @@ constexpr double kSmallestSquares = 1e-24, kLargestSquares = 1e30;
 
 }  // namespace
 
-double MlpStep::Work::flops() const {
-  double sum = 0.0;
-  for (const StepLayer& layer : layers) sum += 6.0 * static_cast<double>(rows * layer.in * layer.out);
-  return sum;
+bool MlpStep::Work::worth_threads() const {
+  double flops = 0.0;
+  for (const StepLayer& layer : layers) flops += 6.0 * static_cast<double>(rows * layer.in * layer.out);
+  return flops >= kFlopsWorthThreads;
 }
 
 // Segments from to until of every panel. memory: step_scratch floats for each thread, or for each panel.
 void MlpStep::Work::run_panels(const float* x, const StepLoss& step_loss, int64_t from, int64_t until, float* memory,
                                bool by_panel) {
   const int64_t count = static_cast<int64_t>(layers.size()), floats = scratch_floats();
-  const bool threads = flops() >= kFlopsWorthThreads;
+  const bool threads = worth_threads();
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t place = by_panel ? panel : threads ? at::get_thread_num() : 0;
@@ -45,7 +45,8 @@ double MlpStep::Work::forward_and_backward(const float* x, const StepLoss& step_
   const size_t count = layers.size();
   bool by_panel = false;
   for (const StepLayer& layer : layers) by_panel = by_panel || layer.norm.moments != nullptr;
-  float* memory = scratch.at_least(scratch_floats() * (by_panel ? panels_of(rows) : at::get_num_threads()));
+  const int64_t places = by_panel ? panels_of(rows) : worth_threads() ? at::get_num_threads() : 1;
+  float* memory = scratch.at_least(scratch_floats() * places);
   int64_t from = 0;
   for (size_t segment = 0; segment < 2 * count; ++segment) {
     const size_t layer = segment < count ? segment : 2 * count - 2 - segment;
@@ -70,7 +71,7 @@ double MlpStep::Work::gradient_norm() {
     for (int64_t i = begin; i < end; ++i) kernels.gradient(pieces[i]);
   };
   const int64_t count = static_cast<int64_t>(pieces.size());
-  if (flops() < kFlopsWorthThreads)
+  if (!worth_threads())
     run(0, count);
   else
     at::parallel_for(0, count, 1, run);
@@ -80,7 +81,7 @@ double MlpStep::Work::gradient_norm() {
   if (sum > kSmallestSquares && sum < kLargestSquares) return std::sqrt(sum);
   sum = 0.0;
   for (const MlpStepParameter& parameter : parameters)
-    for (int64_t i = 0; i < parameter.value.numel(); ++i)
+    for (int64_t i = 0; i < parameter.value->numel(); ++i)
       sum += static_cast<double>(parameter.gradient[i]) * parameter.gradient[i];
   return std::sqrt(sum);
 }

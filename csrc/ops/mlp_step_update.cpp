@@ -20,7 +20,7 @@ void MlpStep::Work::update(double scale, const std::vector<MlpStepGroup>& groups
   for (const MlpStepParameter& parameter : parameters) {
     const MlpStepState& state = parameter.state;
     const MlpStepGroup& g = groups[state.group];
-    const double taken = state.step ? *data(*state.step) += 1.f : 1.0;
+    const double taken = state.step ? *data(state.step) += 1.f : 1.0;
     if (corrected && (taken != known || state.group != group)) {
       rest1 = 1.0 - std::pow(g.beta1, taken);
       rest2 = std::sqrt(1.0 - std::pow(g.beta2, taken));
@@ -46,15 +46,15 @@ void MlpStep::Work::update(double scale, const std::vector<MlpStepGroup>& groups
       cpu::update({settings, rounded(scale), end - begin, p + begin, parameter.gradient + begin,
                    first ? first + begin : nullptr, second ? second + begin : nullptr});
     };
-    const int64_t count = parameter.value.numel();
+    const int64_t count = parameter.value->numel();
     if (count <= kUpdateGrain)
       run(0, count);
     else
       at::parallel_for(0, count, kUpdateGrain, run);
     // The change is autograd's to know, as that of any in-place operation.
-    parameter.value.unsafeGetTensorImpl()->bump_version();
-    for (const auto* tensor : {&state.first, &state.second, &state.step})
-      if (*tensor) (*tensor)->unsafeGetTensorImpl()->bump_version();
+    parameter.value->bump_version();
+    for (const BorrowedTensor tensor : {state.first, state.second, state.step})
+      if (tensor) tensor->bump_version();
   }
 }
 

@@ -45,7 +45,7 @@ struct MlpStepKernels {
 };
 
 struct MlpStepParameter {
-  at::Tensor value;
+  BorrowedTensor value;
   MlpStepState state;
   float* gradient;
 };
@@ -58,8 +58,8 @@ struct NormWork {                                     // of a layer with a norm
   float *dweight = nullptr, *dbias = nullptr;         // gradients
 };
 
-inline float* data(const at::Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-inline float* data_or_null(const std::optional<at::Tensor>& tensor) { return tensor ? data(*tensor) : nullptr; }
+inline float* data(BorrowedTensor tensor) { return static_cast<float*>(tensor->mutable_data()); }
+inline float* data_or_null(BorrowedTensor tensor) { return tensor ? data(tensor) : nullptr; }
 
 struct MlpStep::Work {
   std::vector<MlpStepLayer> tensors;
@@ -75,7 +75,7 @@ struct MlpStep::Work {
   std::vector<double> values, squares;  // the loss of each panel; squares of each piece of gradient
   std::vector<StepGradient> pieces;
   AlignedMemory gradients, weights, activations, scratch, rows_memory;
-  int64_t rows = 0;
+  int64_t rows = 0, rows_per_lane = 0;  // what activations are laid out for
   double loss_scale = 1.0;
 
   std::vector<NormWork> norms;  // one a layer
@@ -83,9 +83,10 @@ struct MlpStep::Work {
 
   void lay_out();
   void set_weights();
-  void set_rows(int64_t count, const std::vector<double>& p, int64_t seed, int64_t offset);
+  void set_dropout(const std::vector<double>& p, int64_t seed, int64_t offset);
+  void set_rows(int64_t count);
   std::optional<StepLoss> loss_of(const at::Tensor& target);
-  double flops() const;
+  bool worth_threads() const;
   int64_t scratch_floats() const {
     return (step_scratch(layers.data(), static_cast<int64_t>(layers.size())) + 15) / 16 * 16;
   }
