@@ -44,6 +44,14 @@ void activate(const StepLayer& layer, const Kept& kept, const uint32_t* keep, co
 inline void deactivate(const StepLayer& layer, int64_t panel, const Kept& kept, float* dy, int64_t first,
                        int64_t count) {
   const FloatVec scale = FloatVec{} + static_cast<float>(layer.dropout.scale);
+  if (!kept.slopes && !kept.x) {
+    if (layer.activation != Activation::relu) return;
+    for (int64_t at = first * kPanel; at < (first + count) * kPanel; at += kLanes) {
+      const FloatVec slope = load_bits<FloatVec>(kept.y + at) <= 0.f ? FloatVec{} : scale;  // a NaN stays one
+      store(dy + at, load_bits<FloatVec>(dy + at) * slope);
+    }
+    return;
+  }
   for (int64_t n = first; n < first + count; ++n) {
     FloatVec dslope{}, sum{}, sum_x{};
     for (int64_t at = n * kPanel; at < (n + 1) * kPanel; at += kLanes) {

@@ -54,6 +54,10 @@ class TrainStep:
     A model in DistributedDataParallel, or sharded by ``fully_shard``, takes every decision with all ranks; the records
     of all say on which one it began.
 
+    Gradients belong to the step. Where ``path`` is ``"native"`` they never become tensors and every ``.grad`` is None
+    afterwards; ``grad_norm`` of the result is their norm before clipping. Whoever wants to read them registers a hook
+    on a parameter (``register_post_accumulate_grad_hook``), with which steps go the general way.
+
     Raises ArgumentError, DtypeError or DeviceError, here or at a call, for parts that do not fit, and NonFiniteError
     naming a parameter, optimizer state or buffer that held Inf or NaN before the step: that is never skipped over.
     """
