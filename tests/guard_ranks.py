@@ -67,10 +67,15 @@ class Run:
         }[optimizer]
         self.optimizer = kind(self.model.parameters(), lr=0.05)
         self.guarded = not options.pop("bare", False)
+        self.options = options
         if self.guarded:
-            self.step = TrainStep(self.model, "cross_entropy", self.optimizer, **options)
+            self.renew()
         self.data = torch.Generator().manual_seed(7)
         torch.manual_seed(50 + self.rank)
+
+    def renew(self):
+        """Another guarded step of the same model and optimizer."""
+        self.step = TrainStep(self.model, "cross_entropy", self.optimizer, **self.options)
 
     def batch(self):
         x, y = torch.randn(16, 5, generator=self.data), torch.randint(3, (16,), generator=self.data)
@@ -101,6 +106,8 @@ def faults(wrap, fault, optimizer="adam", accumulate=1):
     run, twin = (Run(wrap, optimizer, accumulate=accumulate, clip_norm=1.0) for _ in range(2))
     torch.manual_seed(60 + run.rank)
     run.take(2 * accumulate)
+    if fault == "gradient":
+        run.renew()
     before = run.state()
     x, y = run.batch()
     results = [run.step(run.spoil(fault, x), y)]

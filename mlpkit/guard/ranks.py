@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from mlpkit.guard.census import local
 from mlpkit.guard.record import SkipRecord
 
 T = TypeVar("T")
-_SEEN = "_mlpkit_gradient_is_seen"
 _MOST_GRADIENTS = 1 << 16  # of backward passes that no decision follows
 
 
@@ -49,6 +49,7 @@ class Ranks:
         self.guilty: int | None = None  # of the last bad decision
         self._model = model
         self._local: deque[Tensor] = deque(maxlen=_MOST_GRADIENTS)
+        self._attended: dict[int, Tensor] = {}
         if self.alone:
             return
         self._device = next(local(parameter).device for parameter in model.parameters())
@@ -71,9 +72,9 @@ class Ranks:
     def _attend(self, module: nn.Module, _: Any = None, *, recurse: bool = False) -> None:
         """Look at gradients before they are reduced. FSDP2 shows its whole parameters only during a forward."""
         for parameter in module.parameters(recurse):
-            if parameter.requires_grad and parameter is local(parameter) and not hasattr(parameter, _SEEN):
-                parameter.register_hook(self._see)  # type: ignore[no-untyped-call]
-                setattr(parameter, _SEEN, True)
+            if parameter.requires_grad and parameter is local(parameter) and id(parameter) not in self._attended:
+                parameter.register_hook(_weakly(self._see))  # type: ignore[no-untyped-call]
+                self._attended[id(parameter)] = parameter
 
     def _see(self, gradient: Tensor) -> None:
         self._local.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
@@ -164,3 +165,15 @@ def _group_of(model: nn.Module) -> tuple[Any, bool]:
         if hasattr(parameter, "device_mesh"):
             return parameter.device_mesh.get_group(0), True
     return None, False
+
+
+def _weakly(see: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that ends with the object whose method it calls."""
+    method = WeakMethod(see)
+
+    def hook(gradient: Tensor) -> None:
+        alive = method()
+        if alive is not None:
+            alive(gradient)
+
+    return hook
