@@ -119,21 +119,10 @@ MLPKIT_DEVICE MlpValues loss_of_row(const LossRow& row, T* tile_row) {
 
 template <class T>
 MLPKIT_DEVICE MlpValues loss_of(const LossRow& row, float total, T* tile_row) {
-  switch (row.loss.kind) {
-    case Loss::cross_entropy:
-      return cross_entropy_of_row(row, total, tile_row);
-    case Loss::bce:
-      return loss_of_row<Bce>(row, tile_row);
-    case Loss::mse:
-      return loss_of_row<Mse>(row, tile_row);
-    case Loss::l1:
-      return loss_of_row<L1>(row, tile_row);
-    case Loss::huber:
-      return loss_of_row<Huber>(row, tile_row);
-    case Loss::log_mse:
-      return loss_of_row<LogMse>(row, tile_row);
-  }
-  return {};
+  if (row.loss.kind == Loss::cross_entropy) return cross_entropy_of_row(row, total, tile_row);
+  MlpValues values{};
+  visit_loss(row.loss.kind, [&](auto term) { values = loss_of_row<decltype(term)>(row, tile_row); });
+  return values;
 }
 
 }  // namespace mlpkit::cuda
