@@ -20,6 +20,7 @@
 // gradient three launches. With z (gelu) 138 MB a pass: 32 us each.
 #include <algorithm>
 
+#include "core/short_math.h"
 #include "cuda/column_sums.h"
 #include "cuda/linear_act_dropout_thin.h"
 #include "cuda/mask_panel.h"
@@ -185,7 +186,7 @@ struct Block {
           using A = decltype(formula);
           if constexpr (A::needs == Needs::preactivation) {
 #pragma unroll
-            for (int k = 0; k < 8; ++k) z[k] = A::slope(z[k], slope[k]);
+            for (int k = 0; k < 8; ++k) z[k] = A::slope(Short(z[k]), Short(slope[k])).v;
           }
         });
 #pragma unroll

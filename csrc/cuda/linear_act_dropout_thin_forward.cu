@@ -14,6 +14,7 @@
 // counts.
 #include "cuda/linear_act_dropout_thin.h"
 
+#include "core/short_math.h"
 #include "cuda/thin_tile.h"
 
 namespace mlpkit::cuda {
@@ -23,7 +24,7 @@ constexpr int kThreads = 128, kWarps = kThreads / device::kWarp;
 constexpr int kRows = 64;     // of a tile
 constexpr int kProducts = 4;  // m16n8 products side by side in a warp
 constexpr int kWarpCols = 8 * kProducts, kStrip = kWarps * kWarpCols;
-constexpr int kStep = kMaskTile;  // rows that a warp has in its accumulators
+[[maybe_unused]] constexpr int kStep = kMaskTile;  // rows that a warp has in its accumulators
 
 template <int depth>
 constexpr int kStages = depth > 128 ? 2 : 3;
@@ -32,7 +33,7 @@ template <int depth>
 constexpr int kBlocks = depth > 128 ? 2 : 3;
 
 // Four nibbles of each of four lanes, transposed: nibble s of lane t becomes nibble t of lane s.
-MLPKIT_DEVICE uint32_t transpose_nibbles(uint32_t x, uint32_t lane) {
+[[maybe_unused]] MLPKIT_DEVICE uint32_t transpose_nibbles(uint32_t x, uint32_t lane) {
   const uint32_t by_one = device::shuffle_xor(x, 1);
   x = lane & 1 ? (x & 0xf0f0u) | (by_one & 0xf0f0u) >> 4 : (x & 0x0f0fu) | (by_one & 0x0f0fu) << 4;
   const uint32_t by_two = device::shuffle_xor(x, 2);
@@ -40,7 +41,7 @@ MLPKIT_DEVICE uint32_t transpose_nibbles(uint32_t x, uint32_t lane) {
 }
 
 // The keep bits that this lane draws for one mask tile: bit 2 w + h for half h of word w.
-MLPKIT_DEVICE uint32_t draw_tile(const Dropout& dropout, uint64_t tile, uint32_t lane) {
+[[maybe_unused]] MLPKIT_DEVICE uint32_t draw_tile(const Dropout& dropout, uint64_t tile, uint32_t lane) {
   const Words words = mask_words(dropout, tile, lane);
   uint32_t bits = 0;
 #pragma unroll
@@ -153,7 +154,7 @@ struct Warp {
     visit_activation(args.activation, [&](auto formula) {
 #pragma unroll
       for (int i = 0; i < 4 * kProducts; ++i)
-        z[i / 4][i % 4] = decltype(formula)::value(z[i / 4][i % 4], slope[i / 4 * 2 + i % 2]);
+        z[i / 4][i % 4] = decltype(formula)::value(Short(z[i / 4][i % 4]), Short(slope[i / 4 * 2 + i % 2])).v;
     });
   }
 

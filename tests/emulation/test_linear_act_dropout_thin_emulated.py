@@ -6,7 +6,7 @@ from emulator import find_compiler, inside, plane
 from linear_act_dropout_cases import Case, assert_close
 from thin_layer import NEEDS_Z, ThinLayer
 
-from mlpkit.reference import ACTIVATIONS, dropout_mask
+from mlpkit.reference import ACTIVATIONS, activate, dropout_mask
 
 DTYPES = [torch.bfloat16, torch.float16]
 # rows, in_features, out_features: ragged in rows and columns, every depth class, more than one strip and share.
@@ -163,3 +163,23 @@ def test_layers_that_are_not_thin_are_refused(layer):
     layer.become(3, shared_bytes=99 * 1024)
     assert not layer.takes(torch.bfloat16, 128)
     layer.become(3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_special_numbers_go_where_float_takes_them(layer, activation):
+    """NaN, Inf, zeros and the largest float16 through value and slope, beside PyTorch in fp64; z is the bias."""
+    special = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 65504.0, -65504.0, 6e-8, -6e-8, 14.0, -14.0, 0.25]
+    bias = torch.tensor(special, dtype=torch.float16)
+    x, weight = torch.zeros(16, 16, dtype=torch.float16), torch.zeros(len(special), 16, dtype=torch.float16)
+    slope = torch.full((1,), 0.25, dtype=torch.float16) if activation == "prelu" else None
+    options = {"activation": activation, "slope": slope}
+    saved = layer.forward(x, weight, bias, **options)
+    _, _, dbias, _ = layer.backward(torch.eye(16, len(special)).half(), x, weight, saved, **options)
+    z = bias.double().requires_grad_()
+    y = activate(z, activation, None if slope is None else slope.double())
+    y.sum().backward()
+    for ours, exact in ((saved.y[0], y.detach()), (dbias, z.grad)):
+        ordinary = exact.isfinite()
+        assert torch.equal(ours[~ordinary].isnan(), exact[~ordinary].isnan())
+        assert torch.equal(ours[~ordinary].double().nan_to_num(), exact[~ordinary].nan_to_num())
+        assert ours[ordinary].isfinite().all()
