@@ -61,7 +61,7 @@ struct Warp {
   int col_tiles;
   int first_col = 0, col = 0, count = 0;  // the warp's first column, the lane's and how many of its 8 lie inside
   uint32_t weight[depth / 16][kProducts][2];
-  float bias[8];
+  uint32_t bias[kProducts];  // pairs
 
   MLPKIT_DEVICE Warp(const ThinForward& args, bool aligned)
       : args(args),
@@ -78,9 +78,9 @@ struct Warp {
   }
 
   // The weights of these columns, as fragments; columns and features past the end are zero.
-  MLPKIT_DEVICE void take_columns(int64_t strip) {
+  MLPKIT_DEVICE void take_columns(int strip) {
     const int group = lane / 4, pair = lane % 4;
-    first_col = static_cast<int>(strip) * kStrip + static_cast<int>(device::thread_index() / device::kWarp) * kWarpCols;
+    first_col = strip * kStrip + static_cast<int>(device::thread_index() / device::kWarp) * kWarpCols;
     col = first_col + 8 * pair;
     const int left = static_cast<int>(args.cols) - col;
     count = left < 0 ? 0 : left < 8 ? left : 8;
@@ -98,15 +98,22 @@ struct Warp {
         }
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      bias[i] = 0;
-      if (args.bias && i < count) device::load(static_cast<const T*>(args.bias) + col + i, bias[i]);
+    for (int j = 0; j < kProducts; ++j) {
+      float pair[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (args.bias && 2 * j + i < count) device::load(static_cast<const T*>(args.bias) + col + 2 * j + i, pair[i]);
+      bias[j] = device::narrow_pair(pair[0], pair[1], T{});
     }
   }
 
   MLPKIT_DEVICE void multiply(const unsigned char* tile, int step, float (&z)[kProducts][4]) const {
 #pragma unroll
-    for (int i = 0; i < 4 * kProducts; ++i) z[i / 4][i % 4] = bias[i / 4 * 2 + i % 2];
+    for (int j = 0; j < kProducts; ++j) {
+      const float2 pair = device::widen_pair(bias[j], T{});
+      z[j][0] = z[j][2] = pair.x;
+      z[j][1] = z[j][3] = pair.y;
+    }
 #pragma unroll
     for (int s = 0; s < depth / 16; ++s) {
       uint32_t rows[4];
@@ -122,26 +129,22 @@ struct Warp {
       device::Bits16 bits;
 #pragma unroll
       for (int j = 0; j < kProducts; ++j) bits.v[j] = device::narrow_pair(z[j][2 * half], z[j][2 * half + 1], T{});
-      if (count) device::store_bits16_once(at, bits);
+      if (count && row < args.rows) device::store_bits16_once(at, bits);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        if (i < count) device::store(at + i, z[i / 2][2 * half + i % 2]);
+        if (i < count && row < args.rows) device::store(at + i, z[i / 2][2 * half + i % 2]);
     }
   }
-  MLPKIT_DEVICE void write(void* to, int64_t row, const float (&z)[kProducts][4]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (row + 8 * half < args.rows) write(to, row + 8 * half, half, z);
-  }
-
   // Bits in mask order: the low byte is the lane's of the left tile.
   MLPKIT_DEVICE void write_bits(uint8_t* plane, int64_t tile, uint32_t bits) const {
     if (first_col / kMaskTile < col_tiles) device::store1(plane + tile * kMaskLanes + lane, bits & 0xffu);
     if (first_col / kMaskTile + 1 < col_tiles) device::store1(plane + (tile + 1) * kMaskLanes + lane, bits >> 8);
   }
 
-  MLPKIT_DEVICE void activate(float (&z)[kProducts][4]) const {
+  // z of one of the lane's two rows becomes y. One row at a time: with both, the activation's numbers would not fit
+  // beside the weights.
+  MLPKIT_DEVICE void activate(float (&z)[kProducts][4], int half, uint32_t keep) const {
     float slope[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) slope[i] = static_cast<float>(args.negative_slope);
@@ -151,11 +154,19 @@ struct Warp {
         if (args.slopes == 1 || i < count)
           device::load(static_cast<const T*>(args.slope) + (args.slopes == 1 ? 0 : col + i), slope[i]);
     }
-    visit_activation(args.activation, [&](auto formula) {
+    constexpr int at_once = depth > 128 ? 4 : 8;
 #pragma unroll
-      for (int i = 0; i < 4 * kProducts; ++i)
-        z[i / 4][i % 4] = decltype(formula)::value(Short(z[i / 4][i % 4]), Short(slope[i / 4 * 2 + i % 2])).v;
-    });
+    for (int first = 0; first < 8; first += at_once)
+      visit_activation(args.activation, [&](auto formula) {
+#pragma unroll
+        for (int i = first; i < first + at_once; ++i) {
+          float& at = z[i / 2][2 * half + i % 2];
+          at = decltype(formula)::value(Short(at), Short(slope[i])).v;
+        }
+      });
+    const float scale = static_cast<float>(dropout.scale);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) z[i / 2][2 * half + i % 2] *= keep >> (i / 2 * 4 + 2 * half + i % 2) & 1 ? scale : 0.f;
   }
 
   MLPKIT_DEVICE void finish(int64_t first_row, float (&z)[kProducts][4]) const {
@@ -180,47 +191,46 @@ struct Warp {
       for (int i = 0; i < 4 * kProducts; ++i) positive |= (z[i / 4][i % 4] > 0 ? 1u : 0u) << i;
       write_bits(args.positive, tile, transpose_nibbles(positive, lane));
     }
-    if (args.z) write(args.z, row, z);
-    activate(z);
-    const float scale = static_cast<float>(dropout.scale);
 #pragma unroll
-    for (int i = 0; i < 4 * kProducts; ++i) z[i / 4][i % 4] *= keep >> i & 1 ? scale : 0.f;
-    write(args.y, row, z);
+    for (int half = 0; half < 2; ++half) {
+      if (args.z) write(args.z, row + 8 * half, half, z);
+      activate(z, half, keep);
+      write(args.y, row + 8 * half, half, z);
+    }
   }
 };
 
 // Block b has tiles b tiles_a_block and following, numbered strip by strip of columns.
 template <class T, int depth>
-MLPKIT_DEVICE void work_on(const ThinForward& args, bool aligned, int64_t tiles_a_block) {
-  constexpr int stages = kStages<depth>, stage_bytes = kRows * depth * 2;
-  unsigned char* const stage = device::shared_memory();
-  const int64_t row_tiles = (args.rows + kRows - 1) / kRows, strips = (args.cols + kStrip - 1) / kStrip;
-  const int64_t begin = device::block_index() * tiles_a_block, end = min_of(begin + tiles_a_block, row_tiles * strips);
+MLPKIT_DEVICE void work_on(const ThinForward& args, bool aligned, uint32_t tiles_a_block) {
+  constexpr uint32_t stages = kStages<depth>, stage_bytes = kRows * depth * 2;
+  unsigned char* const memory = device::shared_memory();
+  const uint32_t row_tiles = static_cast<uint32_t>((args.rows + kRows - 1) / kRows);
+  const uint32_t strips = static_cast<uint32_t>((args.cols + kStrip - 1) / kStrip);
+  const uint32_t begin = device::block_index() * tiles_a_block, all = row_tiles * strips;
+  const uint32_t end = begin + tiles_a_block < all ? begin + tiles_a_block : all;
   Warp<T, depth> warp(args, aligned);
 
-  const auto fetch = [&](int64_t number) {
+  const auto fetch = [&](uint32_t number) {
     if (number < end)
-      fetch_rows<T, depth, kRows, kThreads>(stage + (number - begin) % stages * stage_bytes, args.x,
-                                            number % row_tiles * kRows, args.rows, args.depth);
+      fetch_rows<T, depth, kRows, kThreads>(memory + (number - begin) % stages * stage_bytes, args.x,
+                                            int64_t{number % row_tiles} * kRows, args.rows, args.depth);
     device::commit_copies();
   };
 #pragma unroll 1
-  for (int64_t number = begin; number < begin + stages - 1; ++number) fetch(number);
-  int64_t strip = -1;
+  for (uint32_t number = begin; number < begin + stages - 1; ++number) fetch(number);
 #pragma unroll 1
-  for (int64_t number = begin; number < end; ++number) {
+  for (uint32_t number = begin; number < end; ++number) {
     device::wait_for_copies<stages - 2>();
     device::sync();
     fetch(number + stages - 1);  // to where the tile before this one was
-    if (number / row_tiles != strip) {
-      strip = number / row_tiles;
-      warp.take_columns(strip);
-    }
-    const int64_t first_row = number % row_tiles * kRows;
+    const uint32_t row_tile = number % row_tiles;
+    if (number == begin || row_tile == 0) warp.take_columns(static_cast<int>(number / row_tiles));
+    const int64_t first_row = int64_t{row_tile} * kRows;
 #pragma unroll 1
     for (int step = 0; step < kRows / kStep && first_row + step * kStep < args.rows; ++step) {
       float z[kProducts][4];
-      warp.multiply(stage + (number - begin) % stages * stage_bytes, step, z);
+      warp.multiply(memory + (number - begin) % stages * stage_bytes, step, z);
       if (warp.first_col < args.cols) warp.finish(first_row + step * kStep, z);
     }
   }
@@ -229,7 +239,7 @@ MLPKIT_DEVICE void work_on(const ThinForward& args, bool aligned, int64_t tiles_
 
 template <class T, int depth>
 MLPKIT_KERNEL(kThreads, kBlocks<depth>)
-stream_tiles(const ThinForward args, bool aligned, int64_t tiles_a_block) {
+stream_tiles(const ThinForward args, bool aligned, uint32_t tiles_a_block) {
   if constexpr (device::kTensorCores) work_on<T, depth>(args, aligned, tiles_a_block);
 }
 
@@ -237,9 +247,10 @@ template <class T, int depth>
 cudaError_t run(const ThinForward& args, cudaStream_t stream) {
   const bool aligned = args.cols % 8 == 0 && on_16_bytes(args.y) && on_16_bytes(args.z);
   const int64_t tiles = ceil_div(args.rows, kRows) * ceil_div(args.cols, kStrip);
+  if (tiles > INT32_MAX) return cudaErrorInvalidValue;  // a y of 2^44 elements
   const int64_t each = ceil_div(tiles, int64_t{kBlocks<depth>} * device::multiprocessors());
   return device::launch(stream_tiles<T, depth>, {ceil_div(tiles, each), kThreads, kStages<depth> * kRows * depth * 2},
-                        stream, args, aligned, each);
+                        stream, args, aligned, static_cast<uint32_t>(each));
 }
 
 template <class T>
@@ -252,7 +263,8 @@ cudaError_t visit_depth(const ThinForward& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t thin_forward(const ThinForward& args, cudaStream_t stream) {
-  if (!thin_takes(args.dtype, args.depth) || args.cols > INT32_MAX - kStrip) return cudaErrorInvalidValue;
+  if (!thin_takes(args.dtype, args.depth)) return cudaErrorInvalidValue;
+  if (args.cols > INT32_MAX - kStrip) return cudaErrorInvalidValue;
   if (args.rows == 0 || args.cols == 0) return cudaSuccess;
   return args.dtype == Dtype::bfloat16 ? visit_depth<BFloat16>(args, stream) : visit_depth<Half>(args, stream);
 }
