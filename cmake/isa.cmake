@@ -14,6 +14,10 @@ endif()
 # Kernels named *_kernel.cpp are compiled for every set; *_avx512_bf16.cpp holds what only that one has.
 function(mlpkit_add_isa_kernels target)
   file(GLOB bf16 CONFIGURE_DEPENDS ${MLPKIT_CSRC}/cpu/*_avx512_bf16.cpp)
+  # The formulas of the updates say themselves what is rounded once (core/optimizer.h).
+  set(updates ${ARGN})
+  list(FILTER updates INCLUDE REGEX "update_kernel")
+  set_source_files_properties(${updates} PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
   foreach(isa IN LISTS MLPKIT_ISAS)
     set(sources ${ARGN})
     if(isa STREQUAL avx512_bf16)

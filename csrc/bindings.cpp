@@ -5,6 +5,7 @@
 #include <array>
 
 #include "bindings_step.h"
+#include "bindings_update.h"
 #include "core/philox.h"
 #include "cpu/capability.h"
 #include "ops/cuda_kernels.h"
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("activation"), py::arg("negative_slope"), py::arg("p"), py::call_guard<py::gil_scoped_release>());
 
   mlpkit::bind_step(m);
+  mlpkit::bind_update(m);
 
   m.def("cpu_capability", [] { return mlpkit::cpu::capability_name(mlpkit::cpu::capability()); });
   m.def("cpu_capabilities", &mlpkit::cpu::supported_capabilities);

@@ -85,6 +85,39 @@ class MlpStep:
     def take(self, inputs: Any, target: Any, clip_norm: float) -> tuple[float, float] | bool | None: ...
     def take_proven(self, inputs: Any, target: Any, clip_norm: float) -> tuple[float, float] | bool | None: ...
 
+class OptimizerUpdate:
+    def __init__(
+        self,
+        kind: str,
+        rows: Sequence[
+            tuple[
+                Tensor,
+                int,
+                dict[str, Any],
+                str | None,
+                str | None,
+                str | None,
+                str | None,
+                Tensor | None,
+                bool,
+            ]
+        ],
+        groups: list[list[Tensor]],
+        state: dict[Tensor, Any],
+    ) -> None: ...
+    def step(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        clip_norm: float,
+        scale: Tensor | None,
+        clean_steps: Tensor | None,
+        found_inf: Tensor | None,
+        rule: tuple[float, float, int, float, float] | None,
+        force: bool,
+    ) -> tuple[bool, int, float, float, int, int] | None: ...
+    def census(self) -> list[tuple[int, int, int, float, float]]: ...
+
 def cpu_capability() -> str: ...
 def cpu_capabilities() -> list[str]: ...
 def force_cpu_capability(name: str) -> None: ...

@@ -89,3 +89,20 @@ def _largest(t: Tensor) -> float:
 def _ulp(dtype: torch.dtype, magnitude: float) -> float:
     info = torch.finfo(dtype)
     return info.eps * 2.0 ** math.floor(math.log2(max(magnitude, info.tiny)))
+
+
+def assert_within_ulps(ours: Tensor, theirs: Tensor, before: Tensor, name: str = "result", ulps: float = 1) -> None:
+    """Raises AssertionError where two updates of ``before`` differ by more ulps of the larger of old and new.
+
+    before: the largest of the terms that the new one is a sum of, where that is more than the old one.
+
+    One is a rounding of the sum that both end in; shapes and dtypes agree. NaN fails.
+    """
+    assert ours.dtype == theirs.dtype, f"{name}: ours is {ours.dtype}, theirs {theirs.dtype}"
+    size = torch.maximum(before.abs(), theirs.abs()).double().clamp(min=torch.finfo(ours.dtype).tiny)
+    unit = torch.finfo(ours.dtype).eps * 2.0 ** size.log2().floor()
+    off = (ours.double() - theirs.double()).abs() / unit
+    worst = off.max().item() if off.numel() else 0.0
+    assert worst <= ulps, (
+        f"{name}: {int((off > ulps).sum())} of {off.numel()} elements are off by up to {worst:.3g} ulp"
+    )

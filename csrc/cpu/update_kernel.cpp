@@ -1,19 +1,20 @@
 // Optimizer updates and the inspection before them (cpu; compiled once for each instruction set).
 #include "cpu/update.h"
 
-#include "cpu/simd.h"
+#include "cpu/simd_updates.h"
 
 MLPKIT_BEGIN_ISA
 namespace {
 
 template <class Formula>
 void update_with(const Update& args) {
+  const OptimizerSettings settings = args.settings;  // what is stored below cannot change a copy
   const auto apply = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
     FloatVec p = load_part<FloatVec>(args.p + at, n), g = load_part<FloatVec>(args.g + at, n);
-    FloatVec first{}, second{};
+    FloatVec first{}, second{}, none{};
     if (args.first) first = load_part<FloatVec>(args.first + at, n);
     if (args.second) second = load_part<FloatVec>(args.second + at, n);
-    Formula::update(args.settings, p, g * args.scale, first, second);
+    Formula::update(settings, p, g * args.scale, first, second, none);
     store_part(args.p + at, p, n);
     if (args.first) store_part(args.first + at, first, n);
     if (args.second) store_part(args.second + at, second, n);
@@ -34,6 +35,9 @@ void update(const Update& args) {
       return update_with<Adam>(args);
     case Optimizer::rmsprop:
       return update_with<Rmsprop>(args);
+    case Optimizer::lars:
+    case Optimizer::lamb:
+      return;
   }
 }
 

@@ -191,18 +191,19 @@ MLPKIT_DEVICE OptimizerSettings settings_of(const MlpUpdate& u, const MlpGroup& 
   s.rest2 = static_cast<float>(1.0 - group.beta2);
   s.eps = static_cast<float>(group.eps);
   s.step_size = static_cast<float>(lr / rest1);
-  s.correction2 = static_cast<float>(1.0 / rest2);
+  s.root2 = static_cast<float>(rest2);
   s.shrink = static_cast<float>(1.0 - lr * group.weight_decay);
   return s;
 }
 
 MLPKIT_DEVICE void update_one(const OptimizerSettings& s, float& p, float g, float& first, float& second) {
+  float none = 0;
   if (s.kind == Optimizer::sgd)
-    Sgd::update(s, p, g, first, second);
+    Sgd::update(s, p, g, first, second, none);
   else if (s.kind == Optimizer::rmsprop)
-    Rmsprop::update(s, p, g, first, second);
+    Rmsprop::update(s, p, g, first, second, none);
   else
-    Adam::update(s, p, g, first, second);
+    Adam::update(s, p, g, first, second, none);
 }
 
 // Elements at to at + 4 of a tensor that has `count`, by one access where its memory allows.

@@ -39,7 +39,7 @@ void MlpStep::Work::update(double scale, const std::vector<MlpStepGroup>& groups
                                      rounded(1.0 - g.beta2),
                                      rounded(g.eps),
                                      rounded(g.lr / rest1),
-                                     rounded(1.0 / rest2),
+                                     rounded(rest2),
                                      rounded(1.0 - g.lr * g.weight_decay)};
     float *p = data(parameter.value), *first = data_or_null(state.first), *second = data_or_null(state.second);
     const auto run = [&](int64_t begin, int64_t end) {

@@ -3,5 +3,6 @@
 from mlpkit.functional._linear_act_dropout import linear_act_dropout
 from mlpkit.functional._mlp import mlp
 from mlpkit.functional._norm_act_dropout import norm_act_dropout
+from mlpkit.ops.guarded_update import guarded_update
 
-__all__ = ["linear_act_dropout", "mlp", "norm_act_dropout"]
+__all__ = ["guarded_update", "linear_act_dropout", "mlp", "norm_act_dropout"]

@@ -3,6 +3,7 @@
 Layer: on stock PyTorch and the census operator; tells its steps to ``mlpkit._events``, imports nothing that listens.
 """
 
+from mlpkit.guard import optim
 from mlpkit.guard.grad_scaler import GradScaler
 from mlpkit.guard.history import History
 from mlpkit.guard.losses import LOSSES, LossSpec, describe
@@ -10,9 +11,11 @@ from mlpkit.guard.record import SkipRecord, StepResult
 from mlpkit.guard.scale import LossScale, ScaleChange
 from mlpkit.guard.snapshot import Snapshot
 from mlpkit.guard.step import TrainStep
+from mlpkit.guard.update import DeviceScale
 
 __all__ = [
     "LOSSES",
+    "DeviceScale",
     "GradScaler",
     "History",
     "LossScale",
@@ -23,4 +26,5 @@ __all__ = [
     "StepResult",
     "TrainStep",
     "describe",
+    "optim",
 ]

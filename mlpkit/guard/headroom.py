@@ -66,6 +66,12 @@ class AbsmaxHistory:
         """Remember one step's gradients, as they were computed under this loss scale."""
         self._rows.append(_Row(names, *absmax(gradients), scale.clone() if isinstance(scale, Tensor) else scale))
 
+    def add_finite(self, names: list[str], values: list[float], scale: float) -> None:
+        """Remember gradients that are known to be finite by their absmax."""
+        self._rows.append(
+            _Row(names, torch.tensor(values, dtype=torch.float64), torch.zeros(len(values), dtype=torch.bool), scale)
+        )
+
     def last(self) -> Tensor:
         """The last step's values, unscaled. No sync."""
         return self._rows[-1].values / self._rows[-1].scale

@@ -18,6 +18,7 @@ from mlpkit.guard import bounds, census, checks, headroom
 from mlpkit.guard.aftermath import Aftermath
 from mlpkit.guard.census import Finding
 from mlpkit.guard.culprit import Evidence, bad_state_error, bad_state_of, explained, forward_culprit, make_record
+from mlpkit.guard.direct import DirectUpdate
 from mlpkit.guard.history import History
 from mlpkit.guard.losses import Loss, describe, own_loss, resolve
 from mlpkit.guard.native import NativeStep
@@ -103,6 +104,7 @@ class TrainStep:
         self._absmax = headroom.AbsmaxHistory()
         self._buffers = Buffers(self._inner)
         self._saved = OptimizerCopy(optimizer)
+        self._direct = DirectUpdate(self._inner, optimizer)
         self._batches: list[MicroBatch] = []
         self._live_buffers: list[Tensor] = []
         self._window = Window()
@@ -301,6 +303,12 @@ class TrainStep:
 
     def _decide(self, scale: float) -> SkipRecord | None:
         """None when the update was made and is finite; otherwise the record, with everything put back."""
+        if self._ranks.alone and not self._ranks.sharded:
+            losses = [batch.loss for batch in self._batches]
+            norm = self._direct.take(losses, self._live_buffers, scale, self.clip_norm, self._absmax)
+            if norm is not None:
+                self._window.norm = norm
+                return None
         evidence = Evidence(self._inner, self.optimizer, self._batches, self._buffers)
         readings = census.Readings()
         provable = bounds.provable(self.optimizer)
@@ -328,7 +336,8 @@ class TrainStep:
         self._saved.take()
         evidence.updated = True
         try:
-            self.optimizer.step()
+            # Ours would skip a bad step by themselves, and what would come of it is to be seen.
+            self._direct.force()
         except Exception:
             # An optimizer may itself refuse bad gradients; what it refuses otherwise is the caller's to see.
             verdict = evidence.verdict()

@@ -40,7 +40,7 @@ std::pair<State, State> exact(const OptimizerSettings& s, State at, Real g) {
   }
   at.first += s.rest1 * (g - at.first);
   size.first += s.rest1 * (size_of_g + size.first);
-  const Real divisor = root * s.correction2 + s.eps;
+  const Real divisor = root / s.root2 + s.eps;
   at.p -= s.step_size * (at.first / divisor);
   // An error of the second moment's relative size is one of the step's.
   size.p += s.step_size * (size.first / divisor) * size.second / at.second;
@@ -60,7 +60,7 @@ OptimizerSettings settings(Optimizer kind, bool nesterov, float momentum, float 
   s.rest2 = 0.01f;
   s.eps = 1e-8f;
   s.step_size = 0.02f;
-  s.correction2 = 5.f;
+  s.root2 = 0.2f;
   s.shrink = 0.999f;
   return s;
 }

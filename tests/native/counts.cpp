@@ -92,7 +92,7 @@ int main(int count, char** arguments) {
     mlpkit::OptimizerSettings settings{};
     settings.kind = mlpkit::Optimizer::adam;
     settings.lr = settings.step_size = settings.weight_decay = 0.01f;
-    settings.beta2 = settings.rest1 = settings.rest2 = settings.eps = settings.correction2 = 0.5f;
+    settings.beta2 = settings.rest1 = settings.rest2 = settings.eps = settings.root2 = 0.5f;
     count_adam({settings, 1.f, static_cast<int64_t>(p.size()), p.data(), g.data(), first.data(), second.data()});
   } else {
     return 2;

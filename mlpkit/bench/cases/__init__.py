@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mlpkit.bench.case import Case, Settings
-from mlpkit.bench.cases import census, dropout, guard, layer, norm, step, threads, tiny, wide
+from mlpkit.bench.cases import census, dropout, guard, layer, norm, step, threads, tiny, update, wide
 from mlpkit.bench.peak import Peaks
 from mlpkit.errors import ArgumentError
 
@@ -20,6 +20,7 @@ FAMILIES: dict[str, Family] = {
     "dropout": dropout.cases,
     "threads": threads.cases,
     "guard": guard.cases,
+    "update": update.cases,
     "census": census.cases,
 }
 

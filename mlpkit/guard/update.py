@@ -1,0 +1,213 @@
+"""All that follows backward by one native call: the parameters and state of a ``torch.optim`` optimizer, on the CPU.
+
+The optimizer's own objects stay the truth: state lies where torch would put it, under torch's names.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlpkit._ext import _C
+from mlpkit.errors import ArgumentError, DtypeError
+from mlpkit.guard.scale import check_scale
+from mlpkit.ops.guarded_update import Reason, ScaleRule
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TORCH = {
+    torch.optim.SGD: "sgd",
+    torch.optim.Adam: "adam",
+    torch.optim.AdamW: "adamw",
+    torch.optim.RMSprop: "rmsprop",
+}
+
+
+class DeviceScale:
+    """A loss scale and its clean steps as tensors, moved by the update that uses them: no read, no sync.
+
+    value: float32, clean_steps: int32, one number each. rule: how it moves. Raises ArgumentError unless init and its
+    reciprocal are normal float32 numbers above 0.
+    """
+
+    def __init__(self, init: float = 65536.0, rule: ScaleRule = ScaleRule()) -> None:  # noqa: B008 - it is frozen
+        self.value = torch.tensor(check_scale("DeviceScale: init", init), dtype=torch.float32)
+        self.clean_steps = torch.zeros((), dtype=torch.int32)
+        self.rule = rule
+        self.numbers = (rule.growth, rule.backoff, rule.interval, rule.floor, rule.ceiling)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """``loss * scale``, in float32 at least: a half-precision loss would overflow."""
+        return (loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss) * self.value
+
+
+class Outcome(NamedTuple):
+    """What an update did, by name as in ``mlpkit.ops.guarded_update.Outcome``; ``row`` counts parameters with state."""
+
+    taken: bool
+    reason: int
+    norm: float
+    factor: float
+    row: int
+    rows: int
+
+
+_NOTHING = Outcome(True, int(Reason.TAKEN), 0.0, 1.0, -1, 0)
+
+
+def why_not(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why a TrainStep does not update here; None where it does."""
+    if not hasattr(optimizer, "guarded_kind"):
+        # torch's kernels round in other places, and a guarded step is that of a plain loop bit for bit.
+        return f"{type(optimizer).__name__} is not one of mlpkit.guard.optim"
+    own = vars(optimizer).get("step")
+    if own is not None and not getattr(own, "_wrapped_by_lr_sched", False):
+        return "the optimizer's step was replaced"
+    for group in optimizer.param_groups:
+        if group.get("differentiable") or group.get("capturable"):
+            return "the optimizer is differentiable or capturable"
+        for parameter in group["params"]:
+            if parameter.device.type != "cpu" or parameter.dtype not in _DTYPES or type(parameter.data) is not Tensor:
+                return "a parameter is not an ordinary real tensor on the CPU"
+            gradient = parameter.grad
+            if gradient is not None and (gradient.layout != torch.strided or type(gradient) is not Tensor):
+                return "a gradient is not an ordinary dense tensor"
+    return None
+
+
+class FusedUpdate:
+    """Guarded updates of one optimizer: census of all gradients, decision, then unscale, clip and update in one pass.
+
+    A step that is not taken leaves parameters, state and step counts bit for bit as they were; state that the step
+    would have created is not there.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        # No reference to the optimizer is kept: it holds this object.
+        self.kind: str = getattr(optimizer, "guarded_kind", None) or _TORCH[type(optimizer)]
+        self._native: Any = None
+        self._last: Any = None  # made the last step
+        self.parameters: list[Tensor] = []  # by row: those that have a gradient or state
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the next step can go on where this one ended."""
+        return self._native is not None
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float = math.inf,
+        scale: DeviceScale | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        force: bool = False,
+    ) -> Outcome:
+        """Update, or don't. grad_scale: a fixed scale in place of ``scale``; found_inf: not 0 forbids the step."""
+        value, clean, rule = grad_scale, None, None
+        if scale is not None:
+            value, clean, rule = scale.value, scale.clean_steps, scale.numbers
+        created: list[tuple[Tensor, list[str]]] = []
+        outcome = None
+        if self._native is not None:
+            outcome = self._call(optimizer, clip_norm, value, clean, found_inf, rule, force)
+        if outcome is None:
+            created = self._prepare(optimizer)
+            if not self.parameters:
+                return _NOTHING
+            outcome = self._call(optimizer, clip_norm, value, clean, found_inf, rule, force)
+            if outcome is None:
+                raise ArgumentError(
+                    f"{type(optimizer).__name__}: parameters, gradients or state changed while the step was being made"
+                )
+        self._last = self._native
+        if created and not outcome[0]:
+            _forget(optimizer, created)
+            self._native = None
+        return Outcome(*outcome)
+
+    def census(self) -> list[tuple[int, int, int, float, float]]:
+        """Of each parameter's gradient in the last step, scaled: NaN, Inf, first of them, absmax, sum of squares."""
+        found: list[tuple[int, int, int, float, float]] = self._last.census() if self._last else []
+        return found
+
+    def _call(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
+        return self._native.step(optimizer.param_groups, optimizer.state, *arguments)
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, list[str]]]:
+        """Look at everything anew, and make the state that is not there yet; returns what was made."""
+        rows, created = [], []
+        self.parameters = []
+        for index, group in enumerate(optimizer.param_groups):
+            names = _names(self.kind, group)
+            for position, parameter in enumerate(group["params"]):
+                known = parameter in optimizer.state and len(optimizer.state[parameter]) > 0
+                if parameter.grad is None and not known:
+                    continue
+                _check(optimizer, index, position, parameter)
+                state = optimizer.state[parameter]
+                made = _fill(self.kind, group, parameter, state, names)
+                if made:
+                    created.append((parameter, made))
+                fresh = names[0] in made and self.kind in ("sgd", "lars")
+                present = [name if name in state else None for name in names]
+                rows.append((parameter, index, state, *present, None, fresh))
+                self.parameters.append(parameter)
+        groups = [group["params"] for group in optimizer.param_groups]
+        try:
+            self._native = _C.OptimizerUpdate(self.kind, rows, groups, optimizer.state) if rows else None
+        except (TypeError, ValueError):
+            _forget(optimizer, created)
+            raise
+        return created
+
+
+def _names(kind: str, group: dict[str, Any]) -> tuple[str | None, ...]:
+    """torch's names of first, second, third and step in the state of a group's parameters."""
+    if kind in ("sgd", "lars"):
+        return ("momentum_buffer" if group["momentum"] != 0 else None, None, None, None)
+    if kind == "rmsprop":
+        first = "momentum_buffer" if group["momentum"] > 0 else None
+        return (first, "square_avg", "grad_avg" if group["centered"] else None, "step")
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq" if group.get("amsgrad") else None, "step")
+
+
+def _fill(
+    kind: str, group: dict[str, Any], parameter: Tensor, state: dict[str, Any], names: tuple[str | None, ...]
+) -> list[str]:
+    """Make what is missing as torch makes it; the names of it."""
+    made = []
+    # torch's order: the step count comes first.
+    for name in (names[3], *names[:3]):
+        if name is None or state.get(name) is not None:
+            continue
+        if name == "step":
+            wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+            state[name] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+        else:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
+        made.append(name)
+    return made
+
+
+def _forget(optimizer: torch.optim.Optimizer, created: list[tuple[Tensor, list[str]]]) -> None:
+    for parameter, names in created:
+        state = optimizer.state[parameter]
+        for name in names:
+            del state[name]
+        if not state:
+            del optimizer.state[parameter]
+
+
+def _check(optimizer: torch.optim.Optimizer, index: int, position: int, parameter: Tensor) -> None:
+    what = f"{type(optimizer).__name__}: parameter {position} of group {index}, shape {tuple(parameter.shape)},"
+    if parameter.device.type != "cpu":
+        raise ArgumentError(f"{what} is on {parameter.device}; this optimizer's kernels are the CPU's")
+    if parameter.dtype not in _DTYPES:
+        raise DtypeError(f"{what} is {parameter.dtype}; it must be float64, float32, bfloat16 or float16")
+    gradient = parameter.grad
+    if gradient is not None and gradient.layout != torch.strided:
+        raise ArgumentError(f"{what} has a {gradient.layout} gradient; it must be dense")
