@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
+from closeness import assert_within_ulps
 from guard_runs import OPTIMIZERS, all_finite, assert_same_bits, poison
 from torch import nn
 
 from mlpkit.errors import ArgumentError, DtypeError, NonFiniteError
-from mlpkit.guard import GradScaler, History
+from mlpkit.guard import GradScaler, History, optim
 from mlpkit.trace import Tracer
 
 STOCK = torch.amp.GradScaler
@@ -547,3 +548,29 @@ def test_the_scale_that_is_told_without_reading_is_the_scale(monkeypatch):
     loop.scaler.load_state_dict(loop.scaler.state_dict())
     loop.take()
     assert loop.scaler._known == float(loop.scaler._scale)
+
+
+def test_our_own_optimizers_are_updated_by_one_native_call_and_guarded_as_any_other():
+    loop, stock = Loop(clip=None), Loop(STOCK)
+    loop.optimizer = optim.Adam(loop.model.parameters(), lr=0.01)
+    stock.optimizer = torch.optim.Adam(stock.model.parameters(), lr=0.01, fused=True)
+    for _ in range(4):
+        before = copy.deepcopy(stock.model.state_dict())
+        loop.take()
+        stock.take()
+        for name, parameter in loop.model.named_parameters():
+            assert_within_ulps(parameter.detach(), stock.model.state_dict()[name], before[name], name, ulps=8)
+    assert loop.scaler._optimizers[loop.optimizer].fused.prepared
+    before = loop.state()
+    loop.take(spoil=lambda loop: loop.model[3].bias.grad.fill_(torch.inf))
+    loop.take(spoil=lambda loop: loop.model[3].weight.grad.fill_(1e27))
+    x, y = loop.batch()
+    loop.take(x * torch.nan, y)
+    assert_same_bits(loop.state(), before)
+    assert [(record.where, record.culprit) for record in loop.scaler.records] == [
+        ("gradient", "3.bias"),
+        ("update", "exp_avg_sq of 3.weight"),
+        ("inputs", "inputs"),
+    ]
+    loop.take()
+    assert len(loop.scaler.records) == 3

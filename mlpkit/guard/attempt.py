@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as _torch
 
 from mlpkit.guard import bounds, census
 from mlpkit.guard.census import Finding, Readings, first_bad
 from mlpkit.guard.ranks import Ranks
 from mlpkit.guard.state import Buffers, OptimizerCopy, parameters_of, state_of
+from mlpkit.guard.update import FusedUpdate, why_not
 
 Verdict = tuple[str, Finding]
 _MAY_OVERFLOW = 1e12  # squares of larger numbers may sum up past float32's range
@@ -25,6 +28,7 @@ class Attempt:
     update: calls the optimizer. names: of its parameters by identity. saved: room for the copy that an update without a
     proven bound falls back on. losses and buffers: looked at as the gradients are. found: flags that must be zero, of
     an earlier look at the gradients; largest: their unscaled absmax at that look, where the caller may have clipped.
+    fused: the native update that takes good steps in the optimizer's place.
     """
 
     optimizer: torch.optim.Optimizer
@@ -37,6 +41,7 @@ class Attempt:
     largest: Tensor | None = None
     buffers: Buffers | None = None
     live_buffers: Sequence[Tensor] = ()
+    fused: FusedUpdate | None = None
     value: Any = field(default=None, init=False)  # what the optimizer returned
     _norms: list[Tensor] = field(default_factory=list, init=False)
 
@@ -45,16 +50,13 @@ class Attempt:
 
         After a verdict parameters and optimizer state are what they were; buffers are the caller's to restore.
         """
-        readings = Readings()
+        if self.fused is not None:
+            return None if self._made_fused(self.fused) else self._before() or self._checked_update()
+        readings = self._others()
         provable = bounds.provable(self.optimizer)
         self._norms = census.norms(self._gradients())
         for norms in self._norms:
             readings.add(norms, bounds.LARGEST if provable else census.FINITE)
-        readings.add_norms(self.live_buffers)
-        for loss in self.losses:
-            readings.add(loss.abs())
-        for flag in self.found:
-            readings.add(flag, 0.0)
         if self.largest is not None and self.largest.numel():
             # A norm that overflowed clips everything to zero: only then may nothing be left of a gradient so large.
             left = torch.stack([norms.amax() for norms in self._norms]).amax()
@@ -69,6 +71,32 @@ class Attempt:
             self.value = self.update()
             return None
         return self._checked_update()
+
+    def _others(self) -> Readings:
+        """All that must be finite beside gradients, parameters and state."""
+        readings = Readings()
+        readings.add_norms(self.live_buffers)
+        for loss in self.losses:
+            readings.add(loss.abs())
+        for flag in self.found:
+            readings.add(flag, 0.0)
+        return readings
+
+    def _made_fused(self, fused: FusedUpdate) -> bool:
+        """Whether one native call took the step; otherwise nothing has changed."""
+        if self._others().exceeded() or self._clipped_away():
+            return False
+        clip = getattr(self.optimizer, "clip_norm", None)
+        try:
+            outcome = fused.step(self.optimizer, clip_norm=math.inf if clip is None else clip)
+        except (TypeError, ValueError):
+            # What it cannot take, the optimizer itself takes, or refuses in its own words.
+            self.fused = None
+            return False
+        if outcome.taken:
+            self._norms = [torch.tensor([outcome.norm], dtype=torch.float64)]
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks at
+        return outcome.taken
 
     @property
     def norm(self) -> Tensor | None:
@@ -142,3 +170,18 @@ def _with_gradients(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, 
 def dense(gradient: Tensor) -> Tensor:
     """The values of a sparse gradient; any other as it is."""
     return gradient._values() if gradient.layout == torch.sparse_coo else gradient
+
+
+def fused_update(optimizer: torch.optim.Optimizer, kept: FusedUpdate | None) -> FusedUpdate | None:
+    """The native update of ``guard.optim``; None for any other optimizer, which keeps its own, bit for bit.
+
+    kept: the last step's.
+    """
+    if not hasattr(optimizer, "guarded_kind"):
+        return None
+    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if hooked or _torch._global_optimizer_pre_hooks or _torch._global_optimizer_post_hooks:
+        return None
+    if kept is not None and kept.prepared:
+        return kept
+    return FusedUpdate(optimizer) if why_not(optimizer) is None else None

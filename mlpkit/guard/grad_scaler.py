@@ -20,7 +20,7 @@ from mlpkit._events import announce
 from mlpkit.errors import ArgumentError, DtypeError
 from mlpkit.guard import headroom
 from mlpkit.guard.aftermath import Follower
-from mlpkit.guard.attempt import Attempt, Verdict, dense
+from mlpkit.guard.attempt import Attempt, Verdict, dense, fused_update
 from mlpkit.guard.census import first_bad, local
 from mlpkit.guard.checks import check_settings
 from mlpkit.guard.culprit import bad_state, bad_state_error, names_or_places, parameter_names
@@ -31,6 +31,7 @@ from mlpkit.guard.ranks import Ranks, unwrapped
 from mlpkit.guard.record import SkipRecord
 from mlpkit.guard.scale import ScaleChange, check_rule, check_scale
 from mlpkit.guard.state import OptimizerCopy, parameters_of, state_of
+from mlpkit.guard.update import FusedUpdate
 
 _OWNER = "GradScaler"
 _MOST_LOSSES = 256  # that are looked at together, between two updates
@@ -42,7 +43,9 @@ class _Optimizer:
 
     saved: OptimizerCopy
     absmax: headroom.AbsmaxHistory = field(default_factory=headroom.AbsmaxHistory)
+    names: dict[int, str] = field(default_factory=dict)
     unscaled_by_caller: bool = False
+    fused: FusedUpdate | None = None
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -125,6 +128,7 @@ class GradScaler(torch.amp.GradScaler):
             self._gate.remove()
         self._gate = Gate(model)
         self._names = parameter_names(unwrapped(model))
+        self._optimizers.clear()
         self._ranks = Ranks(model)
 
     @property
@@ -162,7 +166,9 @@ class GradScaler(torch.amp.GradScaler):
             check_settings(optimizer, _OWNER)
             if _scales_itself(optimizer):
                 return self._attempt(optimizer, partial(super().step, optimizer, *args, **kwargs))
-            return self._step(optimizer, partial(optimizer.step, *args, **kwargs))
+            # Ours skips bad steps by itself, and what would come of one is to be seen.
+            update = getattr(optimizer, "force" if hasattr(optimizer, "guarded_kind") else "step")
+            return self._step(optimizer, partial(update, *args, **kwargs), plain=not (args or kwargs))
         except BaseException:
             self._abandon(optimizer)
             raise
@@ -196,12 +202,12 @@ class GradScaler(torch.amp.GradScaler):
 
     # What is behind them.
 
-    def _step(self, optimizer: torch.optim.Optimizer, update: Callable[[], Any]) -> float | None:
+    def _step(self, optimizer: torch.optim.Optimizer, update: Callable[[], Any], *, plain: bool) -> float | None:
         if self._stage(optimizer) is OptState.READY:
             self._unscale(optimizer, by_caller=False)
         if not self._found_inf_per_device(optimizer):
             raise AssertionError("No inf checks were recorded for this optimizer.")
-        value = self._attempt(optimizer, update)
+        value = self._attempt(optimizer, update, may_fuse=plain)
         self._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
         return value
 
@@ -227,9 +233,11 @@ class GradScaler(torch.amp.GradScaler):
         self.skipped += bool(skips)
         self._follower.follow(self.steps, record)
 
-    def _attempt(self, optimizer: torch.optim.Optimizer, update: Callable[[], Any]) -> float | None:
+    def _attempt(
+        self, optimizer: torch.optim.Optimizer, update: Callable[[], Any], *, may_fuse: bool = False
+    ) -> float | None:
         kept = self._kept(optimizer)
-        names = names_or_places(optimizer, self._names)
+        names = self._names_in(optimizer, kept)
         attempt = Attempt(optimizer, update, names, kept.saved, self._ranks, tuple(self._losses))
         attempt.found = list(self._found_inf_per_device(optimizer).values())
         if kept.unscaled_by_caller:
@@ -237,7 +245,10 @@ class GradScaler(torch.amp.GradScaler):
         gate = self._gate if self._gate is not None and self._gate.open else None
         if gate is not None:
             attempt.buffers, attempt.live_buffers = gate.buffers, gate.buffers.checked(_OWNER)
+        if may_fuse and (self._ranks is None or self._ranks.alone):
+            attempt.fused = kept.fused = fused_update(optimizer, kept.fused)
         verdict = attempt.make()
+        kept.fused = attempt.fused
         self._norm = attempt.norm if self.history is not None else None
         if verdict is None:
             value: float | None = attempt.value
@@ -308,7 +319,7 @@ class GradScaler(torch.amp.GradScaler):
     def _unscale(self, optimizer: torch.optim.Optimizer, *, by_caller: bool) -> None:
         if self._enabled and self._stage(optimizer) is OptState.READY and self._scale is not None:
             kept = self._kept(optimizer)
-            names = names_or_places(optimizer, self._names)
+            names = self._names_in(optimizer, kept)
             pairs = [(p, dense(local(p.grad))) for p in parameters_of(optimizer) if p.grad is not None]
             for parameter, gradient in pairs:
                 if gradient.is_complex():
@@ -331,6 +342,11 @@ class GradScaler(torch.amp.GradScaler):
         if optimizer not in self._optimizers:
             self._optimizers[optimizer] = _Optimizer(OptimizerCopy(optimizer))
         return self._optimizers[optimizer]
+
+    def _names_in(self, optimizer: torch.optim.Optimizer, kept: _Optimizer) -> dict[int, str]:
+        if kept.names.keys() != {id(parameter) for parameter in parameters_of(optimizer)}:
+            kept.names = names_or_places(optimizer, self._names)
+        return kept.names
 
     def _watch(self, outputs: Any) -> None:
         if isinstance(outputs, Tensor):
@@ -388,7 +404,7 @@ class GradScaler(torch.amp.GradScaler):
 
 def _scales_itself(optimizer: torch.optim.Optimizer) -> bool:
     """An optimizer, not torch's own, that unscales and skips by itself: asked as torch's scaler asks it."""
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if not getattr(optimizer, "_step_supports_amp_scaling", False) or hasattr(optimizer, "guarded_kind"):
         return False
     takes = "grad_scaler" in inspect.signature(optimizer.step).parameters
     return takes or not type(optimizer).__module__.startswith("torch.optim")
