@@ -45,130 +45,201 @@ MLPKIT_HD V worth_saving(V z, V slope) {
     return z;
 }
 
-// Where a tile lies: its number in the mask contract, its column, and how much of it is inside the output.
-struct Tile {
-  int64_t number, row, col;
-  int rows, cols;
+// Neighbouring tiles of the mask contract: up to 16 rows of a region, and up to kBandTiles tiles. A band is worked on
+// row by row, since in memory a row of one tile is but a cache line, and lines a page apart come slowly.
+constexpr int kBandTiles = 16;
+using BandBits = uint16_t[kBandTiles][kMaskTile];
+struct Band {
+  int64_t first_tile, row, col, cols;
+  int rows, tiles;
+
+  MLPKIT_HD int tile_cols(int tile) const { return tile_extent(cols - tile * kMaskTile); }
 };
 
 template <class Body>
-MLPKIT_HD void each_tile(const Region& region, Body&& body) {
+MLPKIT_HD void each_band(const Region& region, Body&& body) {
   const int64_t col_tiles = mask_tiles(region.total_cols);
   const int64_t end_row = region.row + region.rows, end_col = region.col + region.cols;
+  constexpr int64_t width = kBandTiles * kMaskTile;
   for (int64_t row = region.row; row < end_row; row += kMaskTile)
-    for (int64_t col = region.col; col < end_col; col += kMaskTile)
-      body(Tile{row / kMaskTile * col_tiles + col / kMaskTile, row, col, tile_extent(end_row - row),
-                tile_extent(end_col - col)});
+    for (int64_t col = region.col; col < end_col; col += width) {
+      const int64_t cols = end_col - col < width ? end_col - col : width;
+      body(Band{row / kMaskTile * col_tiles + col / kMaskTile, row, col, cols, tile_extent(end_row - row),
+                static_cast<int>(mask_tiles(cols))});
+    }
+}
+
+// Calls body(tile, first_row, end_row) for a few rows of each tile, then for the next few.
+constexpr int kRowsTogether = 4;
+template <class Body>
+MLPKIT_HD void each_strip(const Band& band, Body&& body) {
+  for (int first = 0; first < band.rows; first += kRowsTogether) {
+    const int end = first + kRowsTogether < band.rows ? first + kRowsTogether : band.rows;
+    for (int tile = 0; tile < band.tiles; ++tile) body(tile, first, end);
+  }
+}
+
+// Bit c of keep[tile][r] is set where element (r, c) is kept.
+MLPKIT_HD void draw(const Dropout& dropout, const Band& band, BandBits& keep) {
+  const bool draws = dropout.threshold > 0 && dropout.threshold < 65536;
+  MaskTile mask;
+  for (int tile = 0; tile < band.tiles; ++tile) {
+    if (draws) mask.fill(dropout, band.first_tile + tile);
+    for (int r = 0; r < kMaskTile; ++r)
+      keep[tile][r] = static_cast<uint16_t>(draws ? mask.keep(r, dropout.threshold) : dropout.threshold ? 0 : kAllKept);
+  }
+}
+
+// Bits of the band's rows, to or from where all of the output's lie.
+MLPKIT_HD void save_bits(const Band& band, const BandBits& bits, uint16_t* all) {
+  for (int tile = 0; tile < band.tiles; ++tile)
+    __builtin_memcpy(all + (band.first_tile + tile) * kMaskTile, bits[tile], band.rows * sizeof(uint16_t));
 }
 
 template <class A, class T, class C>
-void forward(const ActDropoutForward& args) {
+void forward(const ActDropoutForward& given) {
   using V = typename Wide<C>::type;
   constexpr int lanes = Wide<C>::lanes;
-  const uint32_t threshold = args.dropout.threshold;
-  const bool draws = threshold > 0 && threshold < 65536;
+  const ActDropoutForward args = given;  // a copy, which no store can change
   const C scale = static_cast<C>(args.dropout.scale);
-  MaskTile mask;
-  each_tile(args.region, [&](const Tile& tile) __attribute__((always_inline)) {
-    TileRow<C> bias, slope, product, y, z, saved;
-    bias.read_or_fill(args.bias, tile.col, tile.cols, C(0));
-    slope.read_or_fill(args.slope, tile.col, tile.cols, static_cast<C>(args.negative_slope));
-    if (draws) mask.fill(args.dropout, tile.number);
-    for (int r = 0; r < tile.rows; ++r) {
-      product.read(
-          element<C>(args.product, (tile.row + r - args.region.row) * args.product_stride + tile.col - args.region.col),
-          tile.cols);
-      const unsigned keep = draws ? mask.keep(r, threshold) : threshold ? 0u : kAllKept;
-      unsigned live = 0, positive = 0;
-      for (int i = 0; i < TileRow<C>::count; ++i) {
-        z.v[i] = args.bias ? product.v[i] + bias.v[i] : product.v[i];
-        V kept;
-        select_lanes(keep >> (i * lanes), V{} + scale, V{}, kept);
-        y.v[i] = A::value(z.v[i], slope.v[i]);
-        if (threshold) y.v[i] = y.v[i] * kept;
-        if (A::needs == Needs::sign) {
-          live |= (lane_mask(z.v[i] <= 0) ^ ((1u << lanes) - 1)) << (i * lanes);
-          positive |= lane_mask(z.v[i] > 0) << (i * lanes);
+  const bool masks = args.dropout.threshold > 0;
+  const int64_t stride = args.region.total_cols;
+  each_band(args.region, [&](const Band& band) __attribute__((always_inline)) {
+    BandBits keep, positive;
+    draw(args.dropout, band, keep);
+    each_strip(band, [&](int tile, int first, int end) __attribute__((always_inline)) {
+      const int64_t col = band.col + tile * kMaskTile, row = band.row + first;
+      const int cols = band.tile_cols(tile);
+      const C* product =
+          element<C>(args.product, (row - args.region.row) * args.product_stride + col - args.region.col);
+      T* y = element<T>(args.y, row * stride + col);
+      auto* saved = element<Saved<A, T>>(args.saved, args.saved ? row * stride + col : 0);
+      TileRow<C> bias, slope;
+      bias.read_or_fill(args.bias, col, cols, C(0));
+      slope.read_or_fill(args.slope, col, cols, static_cast<C>(args.negative_slope));
+      for (int r = first; r < end; ++r) {
+        TileRow<C> z, value, saving;
+        z.read(product, cols);
+        if (args.bias) z.add(bias);
+        const unsigned kept = keep[tile][r];
+        unsigned live = 0, above = 0;
+        for (int i = 0; i < TileRow<C>::count; ++i) {
+          V factor;
+          select_lanes(kept >> (i * lanes), V{} + scale, V{}, factor);
+          value.v[i] = A::value(z.v[i], slope.v[i]);
+          saving.v[i] = worth_saving<A, T>(z.v[i], slope.v[i]);
+          if (masks) value.v[i] = value.v[i] * factor;
+          if (A::needs == Needs::sign) {
+            live |= (lane_mask(z.v[i] <= 0) ^ ((1u << lanes) - 1)) << (i * lanes);
+            above |= lane_mask(z.v[i] > 0) << (i * lanes);
+          }
         }
+        value.write(y, cols);
+        if (args.saved) {
+          saving.write(saved, cols);
+          saved += stride;
+        }
+        if (__is_same(A, Relu)) keep[tile][r] = static_cast<uint16_t>(kept & live);
+        if (__is_same(A, LeakyRelu)) positive[tile][r] = static_cast<uint16_t>(above);
+        product += args.product_stride;
+        y += stride;
       }
-      const int64_t index = (tile.row + r) * args.region.total_cols + tile.col;
-      y.write(element<T>(args.y, index), tile.cols);
-      if (args.saved) {
-        for (int i = 0; i < TileRow<C>::count; ++i) saved.v[i] = worth_saving<A, T>(z.v[i], slope.v[i]);
-        saved.write(element<Saved<A, T>>(args.saved, index), tile.cols);
-      }
-      const bool sign_is_slope = args.activation == Activation::relu;
-      if (args.keep) args.keep[tile.number * kMaskTile + r] = static_cast<uint16_t>(sign_is_slope ? keep & live : keep);
-      if (args.positive) args.positive[tile.number * kMaskTile + r] = static_cast<uint16_t>(positive);
-    }
+    });
+    if (args.keep) save_bits(band, keep, args.keep);
+    if (__is_same(A, LeakyRelu) && args.positive) save_bits(band, positive, args.positive);
   });
 }
 
 template <class T, class C>
-MLPKIT_HD void write_dz(const ActDropoutBackward& args, const Tile& tile, int r, const TileRow<C>& dz) {
-  const int64_t row = tile.row + r - args.region.row, col = tile.col - args.region.col;
+MLPKIT_HD void write_dz(const DzTile& to, int64_t row, int64_t col, const TileRow<C>& dz) {
   if constexpr (__is_same(T, BFloat16)) {
-    if (args.dz.down) {
-      BFloat16* to = element<BFloat16>(args.dz.data, row * args.dz.stride + col);
-      dz.write(to, kMaskTile);
-      uint32_t* down = args.dz.down + row / 2 * args.dz.down_stride + col;
+    if (to.down) {
+      BFloat16* along = element<BFloat16>(to.data, row * to.stride + col);
+      dz.write(along, kMaskTile);
+      uint32_t* down = to.down + row / 2 * to.down_stride + col;
       for (int i = 0; i < kMaskTile; i += kLanes) {
         // An even row leaves zeros for its partner, which the last row of an odd number never gets.
-        UintVec pair = __builtin_convertvector(load_bits<ShortVec>(to + i), UintVec);
+        UintVec pair = __builtin_convertvector(load_bits<ShortVec>(along + i), UintVec);
         if (row % 2) pair = load_bits<UintVec>(down + i) | pair << 16;
         store_bits(down + i, pair);
       }
       return;
     }
   }
-  dz.write(element<C>(args.dz.data, row * args.dz.stride + col), kMaskTile);
+  dz.write(element<C>(to.data, row * to.stride + col), kMaskTile);
+}
+
+// sums[tile] of every column are added to those of all columns.
+template <class C>
+MLPKIT_HD void add_sums(const Band& band, const TileRow<C>* sums, void* all) {
+  if (!all) return;
+  for (int tile = 0; tile < band.tiles; ++tile) {
+    C* to = element<C>(all, band.col + tile * kMaskTile);
+    TileRow<C> sum;
+    sum.read(to, band.tile_cols(tile));
+    sum.add(sums[tile]);
+    sum.write(to, band.tile_cols(tile));
+  }
 }
 
 template <class A, class T, class C>
-void backward(const ActDropoutBackward& args) {
+void backward(const ActDropoutBackward& given) {
   using V = typename Wide<C>::type;
   constexpr int lanes = Wide<C>::lanes;
+  const ActDropoutBackward args = given;  // a copy, which no store can change
   const C scale = static_cast<C>(args.dropout.scale);
-  each_tile(args.region, [&](const Tile& tile) __attribute__((always_inline)) {
-    TileRow<C> slope, dy, saved, dz, dbias, dslope;
-    slope.read_or_fill(args.slope, tile.col, tile.cols, static_cast<C>(args.negative_slope));
-    dbias.fill(0);
-    dslope.fill(0);
-    for (int r = 0; r < tile.rows; ++r) {
-      const int64_t index = (tile.row + r) * args.region.total_cols + tile.col;
-      dy.read(element<T>(args.dy, index), tile.cols);
-      if (A::needs == Needs::preactivation) saved.read(element<Saved<A, T>>(args.saved, index), tile.cols);
-      const unsigned keep = args.keep ? args.keep[tile.number * kMaskTile + r] : kAllKept;
-      const unsigned positive = args.positive ? args.positive[tile.number * kMaskTile + r] : 0;
-      for (int i = 0; i < TileRow<C>::count; ++i) {
-        V factor;
-        select_lanes(keep >> (i * lanes), V{} + scale, V{}, factor);
-        if (A::needs == Needs::preactivation) {
-          if constexpr (__is_same(A, Prelu)) {
-            dslope.v[i] += dy.v[i] * factor * Prelu::slope_by_a(saved.v[i]);
-            factor = factor * Prelu::slope(saved.v[i], slope.v[i]);
-          } else {
-            factor = factor * saved.v[i];
-          }
-        } else if (__is_same(A, LeakyRelu)) {
-          V slopes;
-          select_lanes(positive >> (i * lanes), V{} + C(1), slope.v[i], slopes);
-          factor = factor * slopes;
-        }
-        dz.v[i] = dy.v[i] * factor;
-        dbias.v[i] += dz.v[i];
-      }
-      write_dz<T, C>(args, tile, r, dz);
+  const int64_t stride = args.region.total_cols;
+  constexpr bool has_slope = __is_same(A, Prelu) || __is_same(A, LeakyRelu);
+  each_band(args.region, [&](const Band& band) __attribute__((always_inline)) {
+    TileRow<C> dbias[kBandTiles], dslope[kBandTiles];
+    for (int tile = 0; tile < band.tiles; ++tile) {
+      dbias[tile].fill(0);
+      dslope[tile].fill(0);
     }
-    const auto add = [&](void* sums, const TileRow<C>& part) __attribute__((always_inline)) {
-      if (!sums) return;
-      TileRow<C> sum;
-      sum.read(element<C>(sums, tile.col), tile.cols);
-      sum.add(part);
-      sum.write(element<C>(sums, tile.col), tile.cols);
-    };
-    add(args.dbias, dbias);
-    add(args.dslope, dslope);
+    each_strip(band, [&](int tile, int first, int end) __attribute__((always_inline)) {
+      const int64_t col = band.col + tile * kMaskTile, row = band.row + first;
+      const int64_t words = (band.first_tile + tile) * kMaskTile;
+      const int cols = band.tile_cols(tile);
+      const T* from = element<T>(args.dy, row * stride + col);
+      const auto* saved_from =
+          element<Saved<A, T>>(args.saved, A::needs == Needs::preactivation ? row * stride + col : 0);
+      TileRow<C> slope, bias_sum = dbias[tile], slope_sum = dslope[tile];
+      if (has_slope) slope.read_or_fill(args.slope, col, cols, static_cast<C>(args.negative_slope));
+      for (int r = first; r < end; ++r) {
+        TileRow<C> dy, saved, dz;
+        dy.read(from, cols);
+        from += stride;
+        if (A::needs == Needs::preactivation) {
+          saved.read(saved_from, cols);
+          saved_from += stride;
+        }
+        const unsigned keep = args.keep ? args.keep[words + r] : kAllKept;
+        const unsigned positive = args.positive ? args.positive[words + r] : 0;
+        for (int i = 0; i < TileRow<C>::count; ++i) {
+          V factor;
+          select_lanes(keep >> (i * lanes), V{} + scale, V{}, factor);
+          if (A::needs == Needs::preactivation) {
+            if constexpr (__is_same(A, Prelu)) {
+              slope_sum.v[i] += dy.v[i] * factor * Prelu::slope_by_a(saved.v[i]);
+              factor = factor * Prelu::slope(saved.v[i], slope.v[i]);
+            } else {
+              factor = factor * saved.v[i];
+            }
+          } else if (__is_same(A, LeakyRelu)) {
+            V slopes;
+            select_lanes(positive >> (i * lanes), V{} + C(1), slope.v[i], slopes);
+            factor = factor * slopes;
+          }
+          dz.v[i] = dy.v[i] * factor;
+          bias_sum.v[i] += dz.v[i];
+        }
+        write_dz<T, C>(args.dz, band.row + r - args.region.row, col - args.region.col, dz);
+      }
+      dbias[tile] = bias_sum;
+      if (__is_same(A, Prelu)) dslope[tile] = slope_sum;
+    });
+    add_sums(band, dbias, args.dbias);
+    if (__is_same(A, Prelu)) add_sums(band, dslope, args.dslope);
   });
 }
 

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "ops/huge_pages.h"
+
 namespace mlpkit {
 namespace {
 
@@ -47,7 +49,9 @@ void multiply_tile(Gradient gradient, const float* lanes, bool pairs, int64_t ro
   multiply_packed(pairs, product);
 }
 
-at::Tensor floats(int64_t rows, int64_t cols) { return at::empty({rows, cols}, at::TensorOptions().dtype(at::kFloat)); }
+at::Tensor floats(int64_t rows, int64_t cols) {
+  return in_huge_pages(at::empty({rows, cols}, at::TensorOptions().dtype(at::kFloat)));
+}
 
 // Rounds [rows, cols] floats to out's dtype; out has row stride `stride`.
 void round_to(void* out, Dtype dtype, int64_t stride, const float* from, int64_t from_stride, int64_t rows,
@@ -60,6 +64,16 @@ void round_to(void* out, Dtype dtype, int64_t stride, const float* from, int64_t
     else
       cpu::convert({Dtype::float32, dtype, from + r * from_stride, to, cols});
   }
+}
+
+// Sums of units, of the calling thread. Up to 16 MiB are kept from call to call: in fresh pages, to write them would
+// take longer than to compute them, and the thread that adds them in place would wait for the others.
+float* partial_sums(int64_t count, at::Tensor& own) {
+  constexpr int64_t most_kept = int64_t{4} << 20;
+  static thread_local at::Tensor kept;
+  at::Tensor& memory = count > most_kept ? own : kept;
+  if (!memory.defined() || memory.numel() < count) memory = floats(1, count);
+  return memory.mutable_data_ptr<float>();
 }
 
 // dz is cut along its longer side, the inner one here, into units. For the gradient that sums along the outer side
@@ -84,8 +98,10 @@ class ThinProducts {
     for (Side& side : sides_) side.prepare(problem_);
     Side& inner = sides_[by_cols_ ? 0 : 1];
     int64_t in_place = units_;
+    at::Tensor own;
+    partial_size_ = inner.rows * problem_.depth;
     if (units_ > 1 && inner.out && at::get_num_threads() > 1 && !at::in_parallel_region())
-      partials_ = floats(units_ - 1, inner.rows * problem_.depth);
+      partials_ = partial_sums((units_ - 1) * partial_size_, own);
     const double flops = 4.0 * problem_.rows * problem_.cols * std::max<int64_t>(problem_.depth, 16);
     in_parallel(units_, flops / units_, [&](int64_t begin, int64_t end) {
       if (begin == 0) in_place = end;
@@ -159,9 +175,7 @@ class ThinProducts {
     }
   }
 
-  float* partial(int64_t unit) const {
-    return partials_.defined() ? partials_.mutable_data_ptr<float>() + (unit - 1) * partials_.size(1) : nullptr;
-  }
+  float* partial(int64_t unit) const { return partials_ ? partials_ + (unit - 1) * partial_size_ : nullptr; }
 
   void add_partials(const Side& side, int64_t from_unit) const {
     if (!side.out || from_unit == units_) return;
@@ -177,7 +191,8 @@ class ThinProducts {
   const bool pairs_, by_cols_;
   int64_t inner_blocks_, outer_blocks_, blocks_a_unit_, units_;
   Side sides_[2];
-  at::Tensor partials_;
+  int64_t partial_size_ = 0;
+  float* partials_ = nullptr;
 };
 
 // The sum over the blocks of dz along one side, for a tile of a gradient.
