@@ -1,6 +1,6 @@
 // Elementary functions, written once for a float, a double or a SIMD vector of floats (core; host and device).
 // The float versions are plain polynomials without branches or tables, so the same text vectorises and runs on a GPU;
-// each errs by less than 2 ulp of its result (tested against fp64). NaN stays NaN and overflow becomes Inf.
+// each errs by less than 2 ulp of its result, the tail of Phi by less than 9. NaN stays NaN and overflow becomes Inf.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -79,16 +79,6 @@ MLPKIT_HD F exp(F x) {
   const F result = p * bits_as<F>((half + 127) << 23) * bits_as<F>((whole - half + 127) << 23);
   return x > 89.f ? x * 3.0e38f : (x < -104.f ? 0.f : result);
 }
-// exp(x + y) for -85 <= x <= 0 and a |y| of at most a few hundredths: the second part carries what x could not hold,
-// and nothing can overflow or become subnormal.
-template <class F>
-MLPKIT_HD F exp_of_negative(F x, F y) {
-  using I = typename IntOf<F>::type;
-  const F shifted = x * 1.44269504f + 12582912.f;
-  const F n = shifted - 12582912.f;
-  const F p = exp_of_rest(((x - n * 0.693359375f) + n * 2.12194440e-4f) + y);
-  return p * bits_as<F>((bits_as<I>(shifted) - (0x4b400000 - 127)) << 23);
-}
 MLPKIT_HD double exp(double x) { return ::exp(x); }
 
 // log(m) = 2 atanh(s),  s = (m - 1) / (m + 1),  as s (2 + s^2 L(s^2)) for |s| <= 1/3
@@ -146,43 +136,60 @@ MLPKIT_HD F sigmoid(F x) {
 }
 MLPKIT_HD double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 
+// What rounding took from a square: x * x - square, exactly. SIMD vector types with a fused multiply-add add their own
+// specialisation; here x is split into a head, whose square is exact, and a rest.
+template <class F>
+struct SquareRest {
+  MLPKIT_HD static F of(F x, F square) {
+    using I = typename IntOf<F>::type;
+    const F head = bits_as<F>(bits_as<I>(x) & ~0xfff);
+    return (head * head - square) + (x - head) * (x + head);
+  }
+};
+
+// exp(-b^2 / 2) for 0 <= b <= 13, where nothing can overflow or become subnormal. The rest of b^2 goes into the
+// exponent: its rounding would otherwise be the largest error.
+template <class F>
+MLPKIT_HD F bell_up_to_13(F b) {
+  using I = typename IntOf<F>::type;
+  const F square = b * b;
+  const F shifted = square * -0.721347520f + 12582912.f;
+  const F n = shifted - 12582912.f;
+  const F r = ((square * -0.5f - n * 0.693359375f) + n * 2.12194440e-4f) + SquareRest<F>::of(b, square) * -0.5f;
+  return bits_as<F>(bits_as<I>(exp_of_rest(r)) + (bits_as<I>(shifted) << 23));
+}
+
 // The standard normal distribution at x: bell = exp(-x^2 / 2) and Phi(x) = (1 + erf(x / sqrt 2)) / 2.
-// Phi is 1/2 plus an odd polynomial near 0, and bell times a polynomial in 1 / (1 + |x| / 4) in the tails, so Phi(-6)
-// has no cancellation. x^2 is split into an exact and a small part: its rounding would otherwise be the largest error.
+// Phi is 1/2 plus an odd polynomial near 0. Elsewhere Phi(-|x|) is bell times a ratio of polynomials whose terms are
+// all positive, so that no Phi has a cancellation.
 template <class F>
 struct Normal {
   F bell, phi;
 };
 template <class F>
 MLPKIT_HD Normal<F> normal(F x) {
-  using I = typename IntOf<F>::type;
-  const F u = x * 0.70710678f;
-  const F t = u * u;
-  F s = t * 7.85385405e-5f - 8.01019141e-4f;
-  s = s * t + 5.18832743e-3f;
-  s = s * t - 2.68538118e-2f;
-  s = s * t + 1.12835851e-1f;
-  s = s * t - 3.76126258e-1f;
-  s = s * t + 1.12837917f;
-  const F center = 0.5f + 0.5f * (u * s);
+  const F t = x * x;
+  F s = t * 1.04466351e-4f - 1.18269668e-3f;
+  s = s * t + 9.97275021e-3f;
+  s = s * t - 6.64903298e-2f;
+  s = s * t + 3.98942292e-1f;
+  const F center = s * x + 0.5f;
 
   const F a = absolute(x);
   const F b = a > 13.f ? 13.f : a;
-  const F head = bits_as<F>(bits_as<I>(b) & ~0xfff);
-  const F inside = exp_of_negative(head * head * -0.5f, (b - head) * (b + head) * -0.5f);
+  const F inside = bell_up_to_13(b);
   const F bell = a > 13.f ? 0.f : inside;
-  const F w = 1.f / (1.f + 0.25f * b);
-  F q = w * 0.0329153332f - 0.1906524648f;
-  q = q * w + 0.3821857923f;
-  q = q * w - 0.3166026877f;
-  q = q * w + 0.2906309076f;
-  q = q * w - 0.0130276071f;
-  q = q * w + 0.1190473352f;
-  q = q * w + 0.0953571110f;
-  q = q * w + 0.1001645496f;
-  q = q * w - 1.82785334e-5f;
-  const F tail = bell * q;
-  return {bell, a < 1.f ? center : (x < 0.f ? tail : 1.f - tail)};
+  F over = b * 3.99441784e-3f + 3.98092233e-2f;
+  over = over * b + 1.80785298e-1f;
+  over = over * b + 4.34977919e-1f;
+  over = over * b + 0.5f;
+  F under = b * 1.00123705e-2f + 9.97945741e-2f;
+  under = under * b + 4.63004202e-1f;
+  under = under * b + 1.19231105f;
+  under = under * b + 1.66784072f;
+  under = under * b + 1.f;
+  const F tail = bell * (over / under);
+  return {bell, a < 0.7f ? center : (x < 0.f ? tail : 1.f - tail)};
 }
 MLPKIT_HD Normal<double> normal(double x) {
   const double u = x * 0.70710678118654752440;
