@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -31,8 +32,11 @@ def build(target: str) -> Path:
         if shutil.which(tool, path=PATH) is None:
             pytest.skip(f"no {tool} on this machine")
     cmake = str(shutil.which("cmake", path=PATH))
-    run([cmake, "-S", str(SOURCES), "-B", str(BUILD), "-G", "Ninja", f"-DCMAKE_CXX_COMPILER={compiler()}"])
-    run([cmake, "--build", str(BUILD), "--target", target])
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side share the folder
+        run([cmake, "-S", str(SOURCES), "-B", str(BUILD), "-G", "Ninja", f"-DCMAKE_CXX_COMPILER={compiler()}"])
+        run([cmake, "--build", str(BUILD), "--target", target])
     return BUILD / target
 
 
