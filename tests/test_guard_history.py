@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,21 @@ def test_a_rollback_is_told():
     x, y = run.batch()
     run.step(x * torch.nan, y)
     assert run.step.history.rows()[1]["action"] == "rollback to step 0"
+
+
+def test_a_step_taken_in_float32_is_no_skip(run):
+    history, record = History(), run.step.records[0]
+    history.add(0, 1.0, 1.0, 1.0, record)
+    history.add(1, 1.0, 1.0, 1.0, replace(record, action="fp32 step"))
+    assert [row["skipped"] for row in history] == [True, False]
+    assert "2 steps, 1 skipped" in str(history)
+    assert [one.action for one in history.records] == ["", "fp32 step"]
+
+
+def test_a_name_is_shown_as_it_is_and_never_read_as_markup(run):
+    history = History()
+    history.add(0, 1.0, 1.0, 1.0, replace(run.step.records[1], culprit="[/x]"))
+    assert "[/x]" in str(history)
 
 
 def test_json_lines_hold_rows_and_whole_records(run, tmp_path):

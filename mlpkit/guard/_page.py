@@ -32,7 +32,8 @@ def page(history: History) -> str:
     curves = [_figure(name, rows) for name in _CURVES if any(_usable(row[name]) for row in rows)]
     sections = [Section("Curves", curves or [Text("No step was recorded.")])]
     if records:
-        sections.append(Section("Skips", [_skips(history)], "Who made Inf or NaN, and what kind of fault it was."))
+        title = "Skips" if len(records) == len(skipped) else "Skips and steps in float32"
+        sections.append(Section(title, [_skips(history)], "Who made Inf or NaN, and what kind of fault it was."))
     return render_page(
         kind="mlpkit guard",
         title="Guarded steps",
@@ -78,7 +79,7 @@ def _skips(history: History) -> Table:
         [r.step, r.where, r.culprit, r.nature, r.nans, r.infs, r.first_index, r.scale, r.action or "skipped"]
         for r in history.records
     ]
-    return Table(columns, cells, "Dotted lines in the curves stand for these steps.")
+    return Table(columns, cells, "Dotted lines in the curves stand for the skipped steps.")
 
 
 def _usable(value: Any) -> bool:

@@ -71,8 +71,11 @@ class History:
         self._entries.append(_Entry(step, loss, norm, scale, headroom, record))
 
     def amend(self, record: SkipRecord) -> None:
-        """The last step's record, with what was done since."""
-        self._entries[-1].record = record
+        """A new record for the step of that number, with what was done since; nothing if it is no longer kept."""
+        for entry in reversed(self._entries):
+            if entry.step == record.step:
+                entry.record = record
+                return
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -82,7 +85,7 @@ class History:
 
     @property
     def records(self) -> list[SkipRecord]:
-        """Of the skipped steps."""
+        """Of the skipped steps, and of those taken in float32 instead."""
         return [entry.record for entry in self._entries if entry.record is not None]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -96,10 +99,10 @@ class History:
         """The last steps, and all skips before them, for ``rich.print``. Syncs."""
         from rich.table import Table
 
-        table = Table(title=f"{len(self)} steps, {len(self.records)} skipped")
+        rows = self.rows()
+        table = Table(title=f"{len(rows)} steps, {sum(row['skipped'] for row in rows)} skipped")
         for name in COLUMNS:
             table.add_column(name, justify="left" if name in ("where", "culprit", "nature", "action") else "right")
-        rows = self.rows()
         for index, row in enumerate(rows):
             if row["skipped"] or index >= len(rows) - last:
                 table.add_row(*(_cell(row[name]) for name in COLUMNS), style="red" if row["skipped"] else None)
@@ -167,11 +170,13 @@ def _row(entry: _Entry) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
+    from rich.markup import escape
+
     if value is None or value is False:
         return ""
     if value is True:
         return "yes"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
 def _writer(folder: str | os.PathLike[str]) -> Any:
