@@ -10,7 +10,7 @@ from guard_runs import OPTIMIZERS, Run, assert_same_bits, gradient_of, inf_in_on
 from torch import nn
 
 from mlpkit.errors import ArgumentError, DataError, NonFiniteError, OutputError
-from mlpkit.guard import LossScale, Snapshot, TrainStep
+from mlpkit.guard import History, LossScale, Snapshot, TrainStep
 from mlpkit.trace import Tracer
 
 PARTS = slice(0, 3)  # of Run.state(): all but the random numbers
@@ -63,6 +63,64 @@ def test_no_snapshot_is_taken_of_a_run_that_is_already_bad(tmp_path):
     assert_same_bits(run.state()[PARTS], good)
 
 
+class Masked(nn.Module):
+    """A buffer holds -Inf on purpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf, 0.0]))
+
+    def forward(self, x):
+        return (self.linear(x) + self.mask).softmax(1)
+
+
+def test_a_buffer_of_inf_on_purpose_does_not_stand_in_the_way_of_snapshots():
+    model = Masked()
+    step = TrainStep(model, "mse", torch.optim.SGD(model.parameters(), 0.1), on_nonfinite="rollback", snapshot_every=1)
+    step(torch.randn(4, 5), torch.randn(4, 3))
+    good = copy.deepcopy(model.state_dict())
+    assert not Snapshot.take(step).finite
+    assert step(torch.full((4, 5), torch.nan), torch.randn(4, 3)).record.action == "rollback to step 1"
+    assert_same_bits(model.state_dict(), good)
+
+
+def test_without_a_good_snapshot_a_rollback_is_an_error_and_no_older_file_is_read(tmp_path):
+    path = tmp_path / "run.pt"
+    older = Run("adam")
+    older.take(2)
+    Snapshot.take(older.step).save(path)
+    run = Run("adam", on_nonfinite="rollback", snapshot_path=path)
+    run.step._aftermath._keeper.offer = lambda steps: None
+    run.take(1)
+    before = run.state()[PARTS]
+    with pytest.raises(NonFiniteError, match=r"Step 1: the inputs hold 1 NaN.*no good snapshot of this run"):
+        bad(run)
+    assert_same_bits(run.state()[PARTS], before)
+
+
+def test_a_snapshot_that_could_not_be_saved_does_not_count(tmp_path):
+    path = tmp_path / "run.pt"
+    path.mkdir()
+    run = Run(on_nonfinite="rollback", snapshot_path=path)
+    for _ in range(2):
+        with pytest.raises(OutputError):
+            run.take(1)
+    path.rmdir()
+    run.take(1)
+    assert bad(run).record.action == "rollback to step 0"
+
+
+def test_a_late_rollback_is_told_by_the_record_of_the_skip():
+    history = History()
+    run = Run(on_nonfinite="rollback", check_every=3, history=history)
+    run.take(1)
+    bad(run)
+    run.take(1)
+    assert [record.action for record in run.step.records] == ["rollback to step 0"]
+    assert [row["action"] for row in history] == [None, "rollback to step 0", None]
+
+
 def test_calibration_is_no_reason_to_go_back():
     scale = LossScale(2.0**30, ceiling=2.0**30)
     run = Run(precision="fp16", on_nonfinite="rollback", init_scale=scale, snapshot_every=1)
@@ -112,6 +170,18 @@ def test_check_every_lets_policies_act_late_but_never_the_step():
         run.take(1)
     assert error.value.records == run.step.records
     run.take(3)
+
+
+def test_a_row_of_skips_that_ended_before_the_check_is_an_error_too():
+    run = Run(max_consecutive_skips=2, check_every=5)
+    for _ in range(2):
+        bad(run)
+    run.take(1)
+    bad(run)
+    with pytest.raises(NonFiniteError, match="2 steps in a row") as error:
+        run.take(1)
+    assert [record.step for record in error.value.records] == [0, 1]
+    run.take(5)
 
 
 class Grows(nn.Module):
@@ -271,6 +341,13 @@ def test_state_dicts_alone_resume_bit_for_bit_too():
     assert_same_bits(fresh.state(), run.state())
 
 
+@pytest.mark.parametrize(("scale", "brought_to"), [(4096.0, 2048.0), (2.0, 16.0), (512.0, 512.0)])
+def test_a_scale_that_is_loaded_is_brought_within_its_bounds(scale, brought_to):
+    run = Run(precision="fp16", init_scale=LossScale(1024.0, floor=16.0, ceiling=2048.0))
+    run.step.load_state_dict({**run.step.state_dict(), "scale": scale})
+    assert run.step.scale == brought_to
+
+
 def test_a_write_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
     run = Run("adam")
     path = tmp_path / "run.pt"
@@ -316,6 +393,21 @@ def test_a_snapshot_of_another_model_is_refused_before_anything_changes():
     regrouped = TrainStep(run.model, "mse", torch.optim.Adam(groups))
     with pytest.raises(ArgumentError, match="other parameters or groups"):
         snapshot.restore(regrouped)
+
+
+def test_a_snapshot_under_ddp_fits_the_plain_model_and_the_reverse():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        plain, other = nn.Linear(3, 2), nn.Linear(3, 2)
+        wrapped = nn.parallel.DistributedDataParallel(other)
+        steps = [TrainStep(one, "mse", torch.optim.SGD(one.parameters(), 0.1)) for one in (plain, wrapped)]
+        Snapshot.take(steps[1]).restore(steps[0])
+        assert_same_bits(plain.state_dict(), other.state_dict())
+        steps[0](torch.ones(2, 3), torch.ones(2, 2))
+        Snapshot.take(steps[0]).restore(steps[1])
+        assert_same_bits(plain.state_dict(), other.state_dict())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

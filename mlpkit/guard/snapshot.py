@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mlpkit.errors import ArgumentError, DataError, OutputError
 from mlpkit.guard.census import local
+from mlpkit.guard.ranks import unwrapped
 from mlpkit.guard.replay import random_state
 from mlpkit.guard.state import parameters_of
 
@@ -79,9 +80,15 @@ class Snapshot:
 
     @property
     def finite(self) -> bool:
-        """Whether all parameters and optimizer state are."""
+        """Whether all parameters, buffers and optimizer state are."""
+        return self.finite_but_for(())
+
+    def finite_but_for(self, sentinels: Collection[str]) -> bool:
+        """Whether all are, but for buffers of these names, which hold Inf on purpose."""
+        meant = {_plain_name(name) for name in sentinels}
         tensors: list[Tensor] = []
-        _map(tensors.append, [self.state["model"], self.state["optimizer"]])
+        model = [tensor for name, tensor in self.state["model"].items() if name not in meant]
+        _map(tensors.append, [model, self.state["optimizer"]])
         return all(bool(torch.isfinite(one).all()) for one in tensors if one.is_floating_point())
 
     def restore(self, run: Run, *, counters: bool = True) -> None:
@@ -162,8 +169,14 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, also buffers that a ``state_dict`` leaves out; without wrappers' names."""
-    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
+    inner = unwrapped(model)
+    found = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
+    return {_plain_name(name): tensor for name, tensor in found.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Without the wrapper of a compiled submodule."""
+    return name.replace("_orig_mod.", "")
 
 
 def _copied(value: Any) -> Any:

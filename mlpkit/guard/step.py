@@ -100,9 +100,9 @@ class TrainStep:
         self._parameters = list(model.parameters())
         self._inner = unwrapped(model)
         self._ranks = Ranks(model)
-        self._aftermath = Aftermath(policy, self, self._ranks)
-        self._absmax = headroom.AbsmaxHistory()
         self._buffers = Buffers(self._inner)
+        self._aftermath = Aftermath(policy, self, self._ranks, self._buffers.sentinels)
+        self._absmax = headroom.AbsmaxHistory()
         self._saved = OptimizerCopy(optimizer)
         self._direct = DirectUpdate(self._inner, optimizer)
         self._batches: list[MicroBatch] = []
@@ -221,7 +221,7 @@ class TrainStep:
         if self.history is not None:
             self.history.add(step, loss, norm, 1.0)
         if self._aftermath.awake:
-            self._aftermath.after(self.steps, None)
+            self._act(None)
         return StepResult(loss, 1.0, self._window)
 
     def _decided_on_device(self, outcome: Tensor) -> StepResult:
@@ -278,11 +278,19 @@ class TrainStep:
         if self.history is not None:
             bits = headroom.least(self.headroom) if self._reads_are_free else None
             self.history.add(step, torch.stack(losses).mean(), self._window.norm, scale, record, bits)
-        amended = self._aftermath.after(self.steps, record)
-        if amended is not None and amended is not record:
-            self.records[-1] = self._window.record = amended
-            if self.history is not None:
-                self.history.amend(amended)
+        self._act(record)
+
+    def _act(self, record: SkipRecord | None) -> None:
+        """Let the policies act, and say so in the record of the skip that they acted on."""
+        acted = self._aftermath.after(self.steps, record)
+        if acted is None:
+            return
+        old, amended = acted
+        self.records[:] = [amended if one is old else one for one in self.records]
+        if self._window.record is old:
+            self._window.record = amended
+        if self.history is not None:
+            self.history.amend(amended)
 
     def _again_in_fp32(self, record: SkipRecord) -> SkipRecord:
         """The same batches and random numbers without autocast and scale; the record of what came of it."""
@@ -432,14 +440,17 @@ class TrainStep:
         return {"version": 1, **counts, "scale": scale, "clean_steps": clean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict()``; a step under way is abandoned. Raises ArgumentError for a state that is none."""
+        """Go on from ``state_dict()``; a step under way is abandoned, and the scale brought within its bounds.
+
+        Raises ArgumentError for a state that is none.
+        """
         missing = [key for key in ("version", "steps", "skipped", "scale", "clean_steps") if key not in state]
         if missing or state["version"] != 1:
             found = f"it lacks {', '.join(missing)}" if missing else f"its version is {state['version']!r}"
             raise ArgumentError(f"TrainStep.load_state_dict: not a state of version 1: {found}")
         if self._loss_scale and state["scale"] is not None:
             value = check_scale("TrainStep.load_state_dict: scale", state["scale"])
-            self._loss_scale.value = value
+            self._loss_scale.value = min(max(value, self._loss_scale.floor), self._loss_scale.ceiling)
             self._loss_scale.clean_steps = int(state["clean_steps"])
         # Buffers stay as they are: the model may have been loaded already.
         self._batches = []
