@@ -155,14 +155,14 @@ def accumulation(wrap):
     return {"run": run.state(), "bare": bare.state()}
 
 
-def scaler(wrap):
+def scaler(wrap, fault):
     run = Run(wrap, bare=True)
     one = GradScaler("cpu", model=run.model)
     states = []
     for bad in (False, True, False):
         x, y = run.batch()
         run.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(run.model(run.spoil("gradient" if bad else None, x)), y)
+        loss = nn.functional.cross_entropy(run.model(run.spoil(fault if bad else None, x)), y)
         one.scale(loss).backward()
         one.step(run.optimizer)
         one.update()
@@ -225,7 +225,8 @@ def main(rank, folder):
         seen[wrap, "accumulated"] = faults(wrap, "inputs", accumulate=2)
         seen[wrap, "unproven optimizer"] = faults(wrap, "gradient", "centred")
         seen[wrap, "accumulation"] = accumulation(wrap)
-        seen[wrap, "scaler"] = scaler(wrap)
+        seen[wrap, "scaler"] = scaler(wrap, "gradient")
+        seen[wrap, "scaler, bad loss"] = scaler(wrap, "inputs")
         seen[wrap, "reductions"] = reductions(wrap)
         seen[wrap, "resumed"] = resumed(wrap, folder)
     torch.save(copy.deepcopy(seen), folder / f"{rank}.pt")

@@ -155,10 +155,24 @@ def test_a_norm_that_overflowed_and_clipped_everything_away_is_seen():
     # fp32 squares of 1e20 are Inf, the clip factor is 0, and the step would go nowhere.
     loop = Loop(clip=1.0)
     loop.take()
-    before = loop.state()
+    before, scaler = loop.state(), loop.scaler.state_dict()
     loop.take(spoil=lambda loop: [p.grad.fill_(1e25) for p in loop.model.parameters()])
     assert (loop.scaler.records[0].where, loop.scaler.records[0].culprit) == ("norm", "gradient norm")
     assert_same_bits(loop.state(), before)
+    assert loop.scaler.state_dict() == scaler
+
+
+def test_a_gradient_that_went_bad_after_unscaling_leaves_the_scale():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = GradScaler("cpu", 1024.0, growth_interval=1, model=model)
+    scaler.scale(model(torch.randn(4, 5)).sum()).backward()
+    scaler.unscale_(optimizer)
+    model[0].weight.grad[0, 0] = torch.nan
+    scaler.step(optimizer)
+    scaler.update()
+    assert (scaler.records[0].culprit, scaler.records[0].nature) == ("0.weight", "gradient")
+    assert scaler.get_scale() == 1024.0
 
 
 def test_gradients_that_are_cleared_on_purpose_are_no_fault():
@@ -451,6 +465,28 @@ def test_an_optimizer_that_unscales_for_itself_is_asked_as_torch_asks_and_guarde
     loop.optimizer.broken = False
     loop.take()
     assert torch.equal(loop.model[0].weight, before["0.weight"] + 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_bad_step_of_an_optimizer_that_unscales_for_itself_lowers_the_scale(keyword):
+    class Attributes(torch.optim.SGD):
+        _step_supports_amp_scaling = True
+
+    class Keyword(Attributes):
+        def step(self, closure=None, *, grad_scaler=None):
+            grad_scaler.unscale_(self)
+            return super().step(closure)
+
+    loop = Loop()
+    kind = Keyword if keyword else Attributes
+    loop.optimizer = kind(loop.model.parameters(), lr=0.1, fused=not keyword)
+    before = loop.state()
+    loop.take(spoil=lambda loop: loop.model[3].bias.grad.fill_(torch.nan))
+    assert_same_bits(loop.state(), before)
+    assert loop.scaler.get_scale() == 32768.0
+    loop.take()
+    assert len(loop.scaler.records) == 1
 
 
 def test_policies_of_the_scaler_act_in_update():

@@ -85,6 +85,14 @@ def test_the_scaler_asks_all_ranks_too(wrap, seen):
         assert found["scale"] == 32768.0
 
 
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_bad_loss_of_one_rank_holds_the_scale_of_all(wrap, seen):
+    ranks = [one[wrap, "scaler, bad loss"] for one in seen]
+    assert ranks[0]["records"] == ranks[1]["records"]
+    assert [(record["rank"], record["nature"]) for record in ranks[0]["records"]] == [(1, "collapse")]
+    assert [found["scale"] for found in ranks] == [65536.0, 65536.0]
+
+
 def test_a_clean_step_costs_one_all_reduce_of_one_number_and_one_for_the_norm_of_shards(seen):
     for one in seen:
         assert one["ddp", "reductions"] == [1]

@@ -108,6 +108,7 @@ class GradScaler(torch.amp.GradScaler):
         self.skipped = 0
         self._warned = False
         self._iteration: list[SkipRecord] = []
+        self._backs_off = False  # a skip of this iteration asks for a lower scale
         self._losses: deque[Tensor] = deque(maxlen=_MOST_LOSSES)
         self._optimizers: weakref.WeakKeyDictionary[Any, _Optimizer] = weakref.WeakKeyDictionary()
         self._gate: Gate | None = None
@@ -165,6 +166,8 @@ class GradScaler(torch.amp.GradScaler):
         try:
             check_settings(optimizer, _OWNER)
             if _scales_itself(optimizer):
+                if self._stage(optimizer) is OptState.READY:
+                    self._check_inf_per_device(optimizer)  # where the step is skipped before torch does
                 return self._attempt(optimizer, partial(super().step, optimizer, *args, **kwargs))
             # Ours skips bad steps by itself, and what would come of one is to be seen.
             update = getattr(optimizer, "force" if hasattr(optimizer, "guarded_kind") else "step")
@@ -182,7 +185,8 @@ class GradScaler(torch.amp.GradScaler):
             self._widen(check_scale(f"{_OWNER}.update: new_scale", float(new_scale)))
         before = self.get_scale() if self._known is None else self._known
         skips, self._iteration = self._iteration, []
-        hold = bool(skips) and not any(record.nature in ("calibration", "gradient") for record in skips)
+        # Where no flag is set torch would count a clean step, and might grow.
+        hold, self._backs_off = bool(skips) and not self._backs_off, False
         held = (scale.clone(), tracker.clone()) if hold else None
         super().update(new_scale)
         if new_scale is None:
@@ -217,7 +221,7 @@ class GradScaler(torch.amp.GradScaler):
             self._gate.buffers.restore()
             self._gate.close()
         self._losses.clear()
-        self._iteration = []
+        self._iteration, self._backs_off = [], False
         self._per_optimizer_states.pop(id(optimizer), None)
 
     def _finish(self, scale: float, skips: list[SkipRecord]) -> None:
@@ -256,7 +260,12 @@ class GradScaler(torch.amp.GradScaler):
         if gate is not None:
             gate.buffers.restore()
         self._refuse_bad_state(optimizer, names)
-        record = self._record(verdict, optimizer, kept)
+        found = any(bool(flag) for flag in attempt.found)
+        record = self._record(verdict, optimizer, kept, found)
+        # Scales move by the record's nature, and must stay equal: the guilty rank's word holds on all.
+        record = self._ranks.told(record) if self._ranks else record
+        self._backs_off |= found and record.nature in ("calibration", "gradient")
+        self._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
         self._iteration.append(record)
         self.records.append(record)
         return None
@@ -268,7 +277,7 @@ class GradScaler(torch.amp.GradScaler):
         if found:
             raise bad_state_error(_OWNER, *found)
 
-    def _record(self, verdict: Verdict, optimizer: torch.optim.Optimizer, kept: _Optimizer) -> SkipRecord:
+    def _record(self, verdict: Verdict, optimizer: torch.optim.Optimizer, kept: _Optimizer, found: bool) -> SkipRecord:
         where, finding = verdict
         culprit, note, scale = finding.name, "", self.get_scale()
         bad_loss = first_bad(("loss", loss) for loss in self._losses)
@@ -283,7 +292,9 @@ class GradScaler(torch.amp.GradScaler):
             note = "Clipping by it made every gradient zero."
         elif where == "gradient" and scale <= self._floor:
             note = "The scale is at its floor: these gradients overflow without its help."
-        nature = headroom.nature("loss" if bad_loss and where == "gradient" else where, scale, scale <= self._floor)
+        # What went bad after it was unscaled is not the scale's doing, as nothing is of a scale at its floor.
+        beyond_scale = scale <= self._floor or not found
+        nature = headroom.nature("loss" if bad_loss and where == "gradient" else where, scale, beyond_scale)
         event = announce("skip", step=self.steps)
         saved = len(parameters_of(optimizer))
         announce("step", step=self.steps, skipped=True, culprit=culprit, scale=scale, parameters=saved)
