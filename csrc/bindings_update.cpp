@@ -24,8 +24,12 @@ const UpdateNames& update_names() {
   return *all;
 }
 
-at::Tensor tensor_or_none(const py::handle& object) {
-  return object.is_none() ? at::Tensor() : THPVariable_Unpack(object.ptr());
+at::Tensor tensor_or_none(const char* what, const py::handle& object) {
+  if (object.is_none()) return {};
+  if (!THPVariable_Check(object.ptr()))
+    throw py::type_error(std::string("OptimizerUpdate: ") + what + " is " + py::repr(object).cast<std::string>() +
+                         "; it must be a tensor");
+  return THPVariable_Unpack(object.ptr());
 }
 
 class OptimizerUpdate {
@@ -53,9 +57,9 @@ class OptimizerUpdate {
     if (busy_ || state.ptr() != state_.dict.ptr() || !same(groups)) return py::none();
     GuardedOptions options;
     options.clip = clip;
-    options.scale = tensor_or_none(scale);
-    options.clean = tensor_or_none(clean);
-    options.found = tensor_or_none(found);
+    options.scale = tensor_or_none("grad_scale", scale);
+    options.clean = tensor_or_none("clean_steps", clean);
+    options.found = tensor_or_none("found_inf", found);
     options.force = force;
     if (!rule.is_none()) {
       const auto [growth, backoff, interval, floor, ceiling] =
@@ -114,10 +118,10 @@ class OptimizerUpdate {
         if (parts[3 + i].is_none()) continue;
         const auto key = parts[3 + i].cast<py::str>();
         known.known.emplace_back(key, known.dict[key].cast<py::object>());
-        *to[i] = tensor_or_none(known.dict[key]);
+        *to[i] = tensor_or_none(key.cast<std::string>().c_str(), known.dict[key]);
       }
       entries_.push_back(std::move(known));
-      row.copy = tensor_or_none(parts[7]);
+      row.copy = tensor_or_none("a copy", parts[7]);
       row.fresh = parts[8].cast<bool>();
       result.push_back(std::move(row));
     }
@@ -144,13 +148,13 @@ class OptimizerUpdate {
     }
     const std::vector<GuardedRow>& rows = update_.rows();
     for (size_t i = 0; i < rows.size(); ++i)
-      if (!fits(rows[i], places_[i])) return false;
+      if (!THPVariable_Unpack(parameters_[i].ptr()).is_same(rows[i].p) || !fits(rows[i], places_[i])) return false;
     return true;
   }
 
   bool fits(const GuardedRow& row, const Shape& shape) const {
     const auto like = [&](const at::Tensor& tensor) {
-      return !tensor.defined() || (tensor.sizes() == shape.sizes && tensor.strides() == shape.strides &&
+      return !tensor.defined() || (tensor.sizes() == shape.sizes && same_layout(tensor, shape.strides) &&
                                    tensor.scalar_type() == shape.dtype && tensor.is_cpu());
     };
     const GuardedGroup& g = settings_[row.group];

@@ -46,6 +46,13 @@ void write_number(const at::Tensor& number, double value) {
   number.unsafeGetTensorImpl()->bump_version();
 }
 
+void check_number(const char* name, const at::Tensor& number, at::ScalarType dtype) {
+  if (number.defined())
+    TORCH_CHECK_VALUE(number.is_cpu() && number.numel() == 1 && number.scalar_type() == dtype, "guarded_update: ", name,
+                      " is ", number.scalar_type(), " of shape ", number.sizes(), " on ", number.device(),
+                      "; it must be one ", dtype == at::kInt ? "int32" : "float32", " number on cpu");
+}
+
 bool finite(const GuardedGroup& g) {
   for (const double x : {g.lr, g.beta1, g.beta2, g.eps, g.momentum, g.dampening, g.weight_decay, g.l1, g.trust})
     if (!std::isfinite(x)) return false;
@@ -60,7 +67,7 @@ void check_row(const GuardedRow& row) {
                     " and strides ", p.strides(), " has gaps or overlaps in memory; make it contiguous");
   for (const at::Tensor* state : {&row.first, &row.second, &row.third}) {
     if (!state->defined()) continue;
-    TORCH_CHECK_VALUE(state->sizes() == p.sizes() && state->strides() == p.strides() && state->is_cpu() &&
+    TORCH_CHECK_VALUE(state->sizes() == p.sizes() && same_layout(*state, p.strides()) && state->is_cpu() &&
                           state->scalar_type() == p.scalar_type(),
                       "guarded_update: a state tensor is ", state->scalar_type(), " of shape ", state->sizes(),
                       " and strides ", state->strides(), "; its parameter is ", p.scalar_type(), ", ", p.sizes(), ", ",
@@ -68,7 +75,7 @@ void check_row(const GuardedRow& row) {
   }
   if (row.copy.defined())
     TORCH_CHECK_VALUE(
-        dtype == Dtype::float32 && row.copy.sizes() == p.sizes() && row.copy.strides() == p.strides() &&
+        dtype == Dtype::float32 && row.copy.sizes() == p.sizes() && same_layout(row.copy, p.strides()) &&
             row.copy.is_cpu() && (row.copy.scalar_type() == at::kHalf || row.copy.scalar_type() == at::kBFloat16),
         "guarded_update: a copy is ", row.copy.scalar_type(), " of shape ", row.copy.sizes(),
         "; it must be the float16 or bfloat16 form of a float32 parameter, here ", p.scalar_type(), ", ", p.sizes());
@@ -87,7 +94,7 @@ at::Tensor dense(const at::Tensor& gradient, const GuardedRow& row) {
   const Dtype dtype = dtype_of("guarded_update", "a gradient", gradient);
   TORCH_CHECK_TYPE((dtype == Dtype::float64) == (row.p.scalar_type() == at::kDouble), "guarded_update: a gradient is ",
                    gradient.scalar_type(), ", its parameter ", row.p.scalar_type());
-  if (gradient.strides() == row.p.strides() && !gradient.is_neg()) return gradient;
+  if (same_layout(gradient, row.p.strides()) && !gradient.is_neg()) return gradient;
   at::Tensor copy = at::empty_like(row.p, row.p.options().dtype(gradient.scalar_type()).requires_grad(false));
   return copy.copy_(gradient);
 }
@@ -102,9 +109,17 @@ void merge(RangeCensus& total, const RangeCensus& part, int64_t offset) {
 }
 
 // NaN stays.
-void raise_to(double& bound, double value) { bound = value <= bound ? bound : value; }
+void raise_to(double& bound, double value) {
+  if (!(value <= bound) && !std::isnan(bound)) bound = value;
+}
 
 }  // namespace
+
+bool same_layout(const at::Tensor& tensor, at::IntArrayRef strides) {
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    if (tensor.size(i) > 1 && tensor.stride(i) != strides[i]) return false;
+  return true;
+}
 
 struct GuardedUpdate::Run {
   const std::vector<GuardedGroup>& groups;
@@ -240,11 +255,11 @@ bool GuardedUpdate::decide(Run& run) {
   }
   if (absmax > 0 && !(total >= 0x1p-1000 && total <= kLargestDouble)) {
     // Squares that double cannot hold: those of gradients divided by the largest of them can.
-    take_census(run, 1 / absmax);
+    take_census(run, std::min(1 / absmax, 0x1p1000));
     total = 0;
     for (size_t row = 0; row < rows_.size(); ++row)
       if (run.active[row]) total += census_[row].sum_of_squares;
-    outcome.norm = absmax / run.scale * std::sqrt(total);
+    outcome.norm = 1 / run.shrink / run.scale * std::sqrt(total);
   }
   if (!(run.scale > 0)) return refuse(GuardedReason::scale, -1);
   outcome.factor = guarded_factor(run.scale, outcome.norm, run.options.clip);
@@ -307,7 +322,9 @@ bool GuardedUpdate::prove(Run& run) {
         (1 - 0x1p-7);
     const double wide = (dtype == Dtype::float64 ? kLargestDouble : largest_of(Dtype::float32)) * (1 - 0x1p-7);
     Extents e = extents_[i];
-    run.doubtful[i] = !(t >= 1) || !stays_within(s, e, census_[i].absmax * run.outcome.factor, limit, wide);
+    const bool unbounded = kind_ == Optimizer::lamb && !(s.rate > 0);
+    run.doubtful[i] =
+        !(t >= 1) || unbounded || !stays_within(s, e, census_[i].absmax * run.outcome.factor, limit, wide);
     doubt = doubt || run.doubtful[i];
   }
   if (!doubt) return true;
@@ -322,10 +339,11 @@ bool GuardedUpdate::prove(Run& run) {
     args.squares = &squares;
     cpu::range_update(args);
     // As rounding to nearest goes, half a unit above the largest number is still that.
-    const double limit = largest_of(args.dtype) * (1 + 0x1p-13);
-    const double limit_of_p = std::min(limit, largest_of(args.copy_dtype) * (1 + 0x1p-13));
-    // No element of lamb's step is longer than the whole.
-    if (kind_ == Optimizer::lamb) largest[0] += std::fabs(args.settings.rate);
+    const auto limit_of = [](Dtype dtype) { return std::min(largest_of(dtype) * (1 + 0x1p-13), kLargestDouble); };
+    const double limit = limit_of(args.dtype), limit_of_p = std::min(limit, limit_of(args.copy_dtype));
+    // No element of lamb's step is longer than the whole; without a norm it is lr times the direction as it is.
+    const OptimizerSettingsOf<double>& s = args.settings;
+    if (kind_ == Optimizer::lamb) largest[0] += s.rate > 0 ? s.rate : std::fabs(s.lr) * largest[3];
     bad[i] = !(largest[0] <= limit_of_p && largest[1] <= limit && largest[2] <= limit && largest[3] <= limit);
   });
   const auto first = std::find(bad.begin(), bad.end(), 1);
@@ -390,6 +408,9 @@ void GuardedUpdate::finish(Run& run) {
 
 GuardedOutcome GuardedUpdate::run(const std::vector<at::Tensor>& gradients, const std::vector<GuardedGroup>& groups,
                                   const GuardedOptions& options) {
+  check_number("scale", options.scale, at::kFloat);
+  check_number("found_inf", options.found, at::kFloat);
+  check_number("clean_steps", options.clean, at::kInt);
   Run run{groups, options, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   const size_t count = rows_.size();
   run.gradients.resize(count);

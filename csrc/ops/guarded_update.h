@@ -20,6 +20,9 @@ struct GuardedRow {
   bool fresh = false;  // where there is no step: whether sgd's momentum buffer is empty
 };
 
+// Whether a tensor lies in memory as these strides say; those of dimensions of size 1 say nothing.
+bool same_layout(const at::Tensor& tensor, at::IntArrayRef strides);
+
 struct GuardedOptions {
   double clip = std::numeric_limits<double>::infinity();  // largest global norm
   at::Tensor scale, clean;  // float32 and int32, one element: the loss scale and the clean steps since it changed

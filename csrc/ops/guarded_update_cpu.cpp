@@ -84,13 +84,6 @@ std::tuple<at::Tensor, at::Tensor> guarded_update_cpu(
   options.found = found_inf.value_or(at::Tensor());
   options.rule = {growth, backoff, floor, ceiling, growth_interval};
   options.force = force;
-  for (const at::Tensor* number : {&options.scale, &options.clean, &options.found})
-    if (number->defined())
-      TORCH_CHECK_VALUE(
-          number->is_cpu() && number->numel() == 1 &&
-              number->scalar_type() == (number == &options.clean ? at::kInt : at::kFloat),
-          "guarded_update: scale and found_inf must be one float32 number, clean_steps one int32; one is ",
-          number->scalar_type(), " of shape ", number->sizes());
   GuardedUpdate update(optimizer, rows_of({params, grads, first, second, third, copies, steps, groups}));
   check_state(optimizer, update.rows(), all);
   const int64_t rows = static_cast<int64_t>(params.size());

@@ -112,17 +112,23 @@ class FusedUpdate:
             value, clean, rule = scale.value, scale.clean_steps, scale.numbers
         created: list[tuple[Tensor, list[str]]] = []
         outcome = None
-        if self._native is not None:
-            outcome = self._call(optimizer, clip_norm, value, clean, found_inf, rule, force)
-        if outcome is None:
-            created = self._prepare(optimizer)
-            if not self.parameters:
-                return _NOTHING
-            outcome = self._call(optimizer, clip_norm, value, clean, found_inf, rule, force)
+        options = (clip_norm, _as_tensor(value), clean, _as_tensor(found_inf), rule, force)
+        try:
+            if self._native is not None:
+                outcome = self._call(optimizer, *options)
+            if outcome is None:
+                self._prepare(optimizer, created)
+                if not self.parameters:
+                    return _NOTHING
+                outcome = self._call(optimizer, *options)
             if outcome is None:
                 raise ArgumentError(
                     f"{type(optimizer).__name__}: parameters, gradients or state changed while the step was being made"
                 )
+        except BaseException:
+            _forget(optimizer, created)
+            self._native = None
+            raise
         self._last = self._native
         if created and not outcome[0]:
             _forget(optimizer, created)
@@ -137,11 +143,15 @@ class FusedUpdate:
     def _call(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
         return self._native.step(optimizer.param_groups, optimizer.state, *arguments)
 
-    def _prepare(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, list[str]]]:
-        """Look at everything anew, and make the state that is not there yet; returns what was made."""
-        rows, created = [], []
+    def _prepare(self, optimizer: torch.optim.Optimizer, created: list[tuple[Tensor, list[str]]]) -> None:
+        """Look at everything anew, and make the state that is not there yet; ``created`` gets what was made."""
+        rows = []
         self.parameters = []
         for index, group in enumerate(optimizer.param_groups):
+            if self.kind == "adam" and group.get("decoupled_weight_decay"):
+                raise ArgumentError(
+                    f"{type(optimizer).__name__}: group {index} has decoupled_weight_decay=True; that is AdamW"
+                )
             names = _names(self.kind, group)
             for position, parameter in enumerate(group["params"]):
                 known = parameter in optimizer.state and len(optimizer.state[parameter]) > 0
@@ -157,12 +167,12 @@ class FusedUpdate:
                 rows.append((parameter, index, state, *present, None, fresh))
                 self.parameters.append(parameter)
         groups = [group["params"] for group in optimizer.param_groups]
-        try:
-            self._native = _C.OptimizerUpdate(self.kind, rows, groups, optimizer.state) if rows else None
-        except (TypeError, ValueError):
-            _forget(optimizer, created)
-            raise
-        return created
+        self._native = _C.OptimizerUpdate(self.kind, rows, groups, optimizer.state) if rows else None
+
+
+def _as_tensor(number: Tensor | float | None) -> Tensor | None:
+    """torch's scaler sets ``found_inf`` to the sum of no tensors, the int 0, where there are no gradients."""
+    return number if number is None or isinstance(number, Tensor) else torch.tensor(float(number))
 
 
 def _names(kind: str, group: dict[str, Any]) -> tuple[str | None, ...]:
@@ -182,6 +192,8 @@ def _fill(
     made = []
     # torch's order: the step count comes first.
     for name in (names[3], *names[:3]):
+        if name == "step" and isinstance(state.get(name), (int, float)):
+            state[name] = torch.tensor(float(state[name]))
         if name is None or state.get(name) is not None:
             continue
         if name == "step":
