@@ -417,6 +417,37 @@ def test_a_bad_forward_is_found_among_several_whatever_arguments_it_took():
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
+def test_a_loss_forbids_only_the_step_that_its_backward_fed():
+    loop = Loop(autocast=False)
+    x, _ = loop.batch()
+    loop.scaler.scale(loop.model(x * torch.nan).square().mean())  # seen to be bad, and left alone
+    loop.model[1].reset_running_stats()
+    loop.take()
+    assert loop.scaler.records == []
+    first, second = network(), network()
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (first, second)]
+    scaler = GradScaler("cpu", model=nn.ModuleList([first, second]))
+    for model, optimizer, bad in zip((first, second), optimizers, (torch.nan, 1.0)):
+        scaler.scale(model(x).square().mean() * bad).backward()
+        scaler.step(optimizer)
+    scaler.update()
+    assert [record.culprit for record in scaler.records] == ["0.0.weight"]
+    assert not torch.equal(second[0].weight, network()[0].weight)
+
+
+def test_a_loss_that_overflowed_skips_the_step_of_finite_gradients_whatever_becomes_of_it():
+    loop = Loop(autocast=False)
+    before = loop.state()
+    x, y = loop.batch()
+    loss = nn.functional.cross_entropy(loop.model(x), y) + torch.inf
+    loop.scaler.scale(loss).backward()
+    loss.detach().zero_()
+    loop.scaler.step(loop.optimizer)
+    loop.scaler.update()
+    assert [(record.where, record.loss) for record in loop.scaler.records] == [("loss", torch.inf)]
+    assert_same_bits(loop.state(), before)
+
+
 def test_accumulated_gradients_keep_the_buffers_of_the_first_forward():
     loop = Loop()
     loop.take()
@@ -535,6 +566,7 @@ def test_bad_state_and_settings_are_errors_that_name_them():
         ({"growth_interval": 0}, "growth_interval is 0"),
         ({"floor": -1.0}, "floor is -1.0"),
         ({"ceiling": torch.inf}, "ceiling is inf"),
+        ({"floor": 8.0, "ceiling": 4.0}, r"floor is 8\.0; it must be at most the ceiling, 4\.0"),
         ({"model": 3}, "model is int"),
         ({"device": 1024.0}, "device is 1024.0"),
         ({"on_nonfinite": "rollback"}, "'rollback' is TrainStep's"),

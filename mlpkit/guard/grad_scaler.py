@@ -95,6 +95,8 @@ class GradScaler(torch.amp.GradScaler):
                 raise ArgumentError(f"{_OWNER}: {name}={value!r} is TrainStep's: a scaler sees neither batch nor run")
         policy = Policy(_OWNER, on_nonfinite, on_collapse, max_consecutive_skips, check_every)
         self._floor, self._ceiling = check_scale(f"{_OWNER}: floor", floor), check_scale(f"{_OWNER}: ceiling", ceiling)
+        if floor > ceiling:
+            raise ArgumentError(f"{_OWNER}: floor is {floor!r}; it must be at most the ceiling, {ceiling!r}")
         if self._enabled:
             check_rule(
                 _OWNER, growth_factor=growth_factor, backoff_factor=backoff_factor, growth_interval=growth_interval
@@ -110,6 +112,8 @@ class GradScaler(torch.amp.GradScaler):
         self._iteration: list[SkipRecord] = []
         self._backs_off = False  # a skip of this iteration asks for a lower scale
         self._losses: deque[Tensor] = deque(maxlen=_MOST_LOSSES)
+        self._fed: deque[Tensor] = deque(maxlen=_MOST_LOSSES)  # those whose backward the next step follows
+        self._stepped = False  # since the last backward
         self._optimizers: weakref.WeakKeyDictionary[Any, _Optimizer] = weakref.WeakKeyDictionary()
         self._gate: Gate | None = None
         self._names: dict[int, str] = {}
@@ -221,6 +225,7 @@ class GradScaler(torch.amp.GradScaler):
             self._gate.buffers.restore()
             self._gate.close()
         self._losses.clear()
+        self._fed.clear()
         self._iteration, self._backs_off = [], False
         self._per_optimizer_states.pop(id(optimizer), None)
 
@@ -232,6 +237,7 @@ class GradScaler(torch.amp.GradScaler):
             bits = headroom.least(self.headroom) if self._on_cpu else None
             self.history.add(step, loss, self._norm, scale, record, bits)
         self._losses.clear()
+        self._fed.clear()
         if self._gate is not None:
             self._gate.close()
         self.skipped += bool(skips)
@@ -242,7 +248,8 @@ class GradScaler(torch.amp.GradScaler):
     ) -> float | None:
         kept = self._kept(optimizer)
         names = self._names_in(optimizer, kept)
-        attempt = Attempt(optimizer, update, names, kept.saved, self._ranks, tuple(self._losses))
+        self._stepped = True
+        attempt = Attempt(optimizer, update, names, kept.saved, self._ranks, tuple(self._fed))
         attempt.found = list(self._found_inf_per_device(optimizer).values())
         if kept.unscaled_by_caller:
             attempt.largest = kept.absmax.last()
@@ -280,7 +287,7 @@ class GradScaler(torch.amp.GradScaler):
     def _record(self, verdict: Verdict, optimizer: torch.optim.Optimizer, kept: _Optimizer, found: bool) -> SkipRecord:
         where, finding = verdict
         culprit, note, scale = finding.name, "", self.get_scale()
-        bad_loss = first_bad(("loss", loss) for loss in self._losses)
+        bad_loss = first_bad(("loss", loss) for loss in self._fed or self._losses)
         if bad_loss and where in ("gradient", "loss"):
             if self._gate is not None and self._ranks is not None and self._ranks.alone:
                 place, name, origin, note = self._gate.culprit(bad_loss)
@@ -324,7 +331,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _worst_loss(self) -> float:
         """The first loss that is not finite, else the last one."""
-        losses = [float(loss) for loss in self._losses] or [math.nan]
+        losses = [float(loss) for loss in self._fed or self._losses] or [math.nan]
         return next((loss for loss in losses if not math.isfinite(loss)), losses[-1])
 
     def _unscale(self, optimizer: torch.optim.Optimizer, *, by_caller: bool) -> None:
@@ -363,10 +370,21 @@ class GradScaler(torch.amp.GradScaler):
         if isinstance(outputs, Tensor):
             if outputs.numel() and outputs.is_floating_point():
                 seen = outputs.detach()
-                self._losses.append(seen.reshape(()) if seen.numel() == 1 else seen.abs().amax())
+                # A copy: the caller may change the loss in place.
+                seen = seen.reshape(()).clone() if seen.numel() == 1 else seen.abs().amax()
+                self._losses.append(seen)
+                if outputs.grad_fn is not None:
+                    outputs.grad_fn.register_prehook(partial(self._feed, seen))
         elif isinstance(outputs, (list, tuple)):
             for output in outputs:
                 self._watch(output)
+
+    def _feed(self, loss: Tensor, _: Any) -> None:
+        """Its backward begins. The first one after a step is another optimizer's, as in a loop of two networks."""
+        if self._stepped:
+            self._fed.clear()
+            self._stepped = False
+        self._fed.append(loss)
 
     def _watched(self, outputs: Iterable[Any]) -> Iterator[Any]:
         for output in outputs:
@@ -405,7 +423,7 @@ class GradScaler(torch.amp.GradScaler):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state.update(_optimizers=None, _gate=None, _names={}, _ranks=None, _absmax=None, _norm=None)
-        state["_losses"] = deque(maxlen=_MOST_LOSSES)
+        state.update(_losses=deque(maxlen=_MOST_LOSSES), _fed=deque(maxlen=_MOST_LOSSES))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
