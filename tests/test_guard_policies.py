@@ -1,9 +1,11 @@
 """What follows a skip: errors, the way back to a snapshot, a step in float32, an end to skips in a row."""
 
+import collections
 import copy
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from guard_runs import OPTIMIZERS, Run, assert_same_bits, gradient_of, inf_in_one_element, poison
@@ -11,6 +13,7 @@ from torch import nn
 
 from mlpkit.errors import ArgumentError, DataError, NonFiniteError, OutputError
 from mlpkit.guard import History, LossScale, Snapshot, TrainStep
+from mlpkit.guard.snapshot import _restore_optimizer
 from mlpkit.trace import Tracer
 
 PARTS = slice(0, 3)  # of Run.state(): all but the random numbers
@@ -390,9 +393,140 @@ def test_a_snapshot_of_another_model_is_refused_before_anything_changes():
         snapshot.restore(step)
     assert_same_bits(other.state_dict(), before)
     groups = [{"params": [p]} for p in run.model.parameters()]
-    regrouped = TrainStep(run.model, "mse", torch.optim.Adam(groups))
+    optimizer = torch.optim.Adam(groups)
+    regrouped = TrainStep(run.model, "mse", optimizer, scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
     with pytest.raises(ArgumentError, match="other parameters or groups"):
         snapshot.restore(regrouped)
+
+
+def parts(optimizer="Adam", scheduler=None, dtype=torch.float32, reverse=False):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3, dtype=dtype)
+    parameters = list(model.parameters())
+    made = getattr(torch.optim, optimizer)(parameters[::-1] if reverse else parameters, lr=0.1)
+    scheduler = scheduler and getattr(torch.optim.lr_scheduler, scheduler)(made, 2)
+    step = TrainStep(model, "mse", made, scheduler=scheduler)
+    step(torch.ones(2, 3, dtype=dtype), torch.ones(2, 3, dtype=dtype))
+    return step
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"optimizer": "SGD"}, "another optimizer: it was Adam and is SGD"),
+        ({"scheduler": "StepLR"}, {"scheduler": "CosineAnnealingLR"}, "it was StepLR and is CosineAnnealingLR"),
+        ({}, {"scheduler": "StepLR"}, "another scheduler: it was none and is StepLR"),
+        ({"scheduler": "StepLR"}, {}, "another scheduler: it was StepLR and is none"),
+        ({"dtype": torch.float64}, {}, r"another dtype; 'weight' was torch\.float64 and is torch\.float32"),
+        ({}, {"reverse": True}, "parameters in another order; 'weight' was where 'bias' is"),
+    ],
+)
+def test_a_snapshot_of_another_run_is_refused_before_anything_changes(before, now, message):
+    snapshot, step = Snapshot.take(parts(**before)), parts(**now)
+    step(torch.ones(2, 3), torch.zeros(2, 3))
+    state = copy.deepcopy([step.model.state_dict(), step.optimizer.state_dict(), step.state_dict()])
+    with pytest.raises(ArgumentError, match=message):
+        snapshot.restore(step)
+    assert_same_bits([step.model.state_dict(), step.optimizer.state_dict(), step.state_dict()], state)
+
+
+@pytest.mark.parametrize("name", ["run.pt", "run.safetensors"])
+def test_numpy_numbers_and_counters_come_back_from_a_file(name, tmp_path):
+    def run():
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.5))
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])
+        return TrainStep(model, "mse", optimizer, scheduler=scheduler)
+
+    step, fresh = run(), run()
+    step(torch.ones(1, 3), torch.ones(1, 2))
+    Snapshot.load(Snapshot.take(step).save(tmp_path / name)).restore(fresh)
+    assert type(fresh.optimizer.param_groups[0]["lr"]) is float
+    assert fresh.scheduler.milestones == collections.Counter([2, 4])
+    rates = []
+    for _ in range(4):
+        fresh(torch.ones(1, 3), torch.ones(1, 2))
+        rates.append(fresh.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005])
+
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+@pytest.mark.parametrize("name", ["run.pt", "run.safetensors"])
+@pytest.mark.parametrize("value", [Pair(1, 2), torch.float32, {"inner": {3}}])
+def test_a_setting_that_a_file_cannot_hold_is_refused_by_name_and_kept_in_memory(value, name, tmp_path):
+    step = parts()
+    step.optimizer.param_groups[0]["extra"] = value
+    snapshot = Snapshot.take(step)
+    step.optimizer.param_groups[0]["extra"] = None
+    snapshot.restore(step)
+    assert step.optimizer.param_groups[0]["extra"] == value
+    assert type(step.optimizer.param_groups[0]["extra"]) is type(value)
+    with pytest.raises(ArgumentError, match=r"Snapshot\.save: optimizer\['groups'\]\[0\]\['extra'\].* is a "):
+        snapshot.save(tmp_path / name)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run.pt", "run.safetensors"])
+def test_a_disk_that_takes_no_more_is_an_output_error_and_the_older_file_stays(name, tmp_path):
+    resource = pytest.importorskip("resource")
+    step = parts()
+    path = Snapshot.take(step).save(tmp_path / name)
+    older = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot write"):
+            Snapshot.take(step).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == older
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["run.pt", "run.safetensors"])
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
+def test_a_file_has_the_mode_that_the_umask_allows(name, tmp_path):
+    before = os.umask(0o077)
+    try:
+        path = Snapshot.take(parts()).save(tmp_path / name)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["run.pt", "run.safetensors"])
+def test_a_damaged_file_is_a_data_error(name, tmp_path):
+    path = Snapshot.take(parts()).save(tmp_path / name)
+    whole = path.read_bytes()
+    for damaged in (b"nonsense " * 20, whole[: len(whole) // 2], whole[:40] + b"\xff" * 40 + whole[80:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"Snapshot\.load"):
+            Snapshot.load(path)
+
+
+def test_a_file_that_lacks_a_part_is_a_data_error_when_it_is_loaded(tmp_path):
+    whole = Snapshot.take(parts()).state
+    for part in ("model", "optimizer", "scheduler", "step", "random"):
+        torch.save({key: value for key, value in whole.items() if key != part}, tmp_path / "run.pt")
+        with pytest.raises(DataError, match=f"it has no {part}"):
+            Snapshot.load(tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "device"), [({"fused": True}, "meta"), ({"capturable": True}, "meta"), ({}, "cpu")]
+)
+def test_the_step_count_of_fused_and_capturable_groups_lies_where_the_parameter_does(settings, device):
+    parameter = nn.Parameter(torch.zeros(3, device="meta"))
+    optimizer = torch.optim.Adam([parameter])
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    saved = {"state": [{"step": torch.tensor(2.0)}], "groups": [{**group, **settings}]}
+    _restore_optimizer(optimizer, saved)
+    assert optimizer.state[parameter]["step"].device.type == device
+    optimizer.state[parameter]["step"] = torch.tensor(1.0)
+    _restore_optimizer(optimizer, saved)
+    assert optimizer.state[parameter]["step"].device.type == device
 
 
 def test_a_snapshot_under_ddp_fits_the_plain_model_and_the_reverse():
