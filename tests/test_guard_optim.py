@@ -8,11 +8,12 @@ import pytest
 import torch
 from closeness import assert_within_ulps
 from guarded_update_cases import CASES, OPTIMIZERS, assert_same, everything, give_gradients, parameters, take_over
+from torch import nn
 
 from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError, DtypeError
-from mlpkit.guard import optim
-from mlpkit.guard.update import DeviceScale
+from mlpkit.guard import GradScaler, optim
+from mlpkit.guard.update import DeviceScale, why_not
 from mlpkit.ops.guarded_update import ScaleRule
 
 HAS_FMA, LANES = _C.cpu_capability() != "default", 16
@@ -402,6 +403,54 @@ def test_hooks_closures_and_tensor_rates():
     before = everything(optimizer)
     optimizer.step()
     assert_same(before, everything(optimizer))
+
+
+def test_a_forced_step_is_a_step_with_all_that_belongs_to_it():
+    class Own(optim.SGD):
+        def step(self, closure=None):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().step(closure)
+
+    ours = parameters()
+    optimizer = Own(ours, lr=0.5)
+    assert why_not(optimizer) == "the optimizer's class has a step of its own"
+    assert why_not(optim.SGD(ours, lr=0.5)) is None
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    give_gradients(ours)
+    ours[1].grad.fill_(NAN)
+    assert optimizer.force(lambda: 3.5) == 3.5
+    assert (seen, optimizer.calls, optimizer.records) == (["before", "after"], 1, [])
+    assert ours[1].isnan().all()
+    optimizer.step()
+    assert optimizer.skipped == 1
+
+
+@pytest.mark.filterwarnings("error:.*lr_scheduler.step.*")
+def test_a_scaler_runs_hooks_and_a_subclass_and_a_scheduler_sees_the_step():
+    class Own(optim.Adam):
+        calls = 0
+
+        def step(self, closure=None):
+            self.calls += 1
+            return super().step(closure)
+
+    for kind in (Own, optim.Adam):
+        ours = parameters()
+        optimizer = kind(ours, lr=0.5)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        seen = []
+        optimizer.register_step_post_hook(lambda *_, seen=seen: seen.append("after"))
+        scaler = GradScaler("cpu", model=nn.ParameterList(ours))
+        scaler.scale(torch.ones(()))
+        give_gradients(ours)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        assert scaler.records == []
+        assert seen == ["after"]
+        assert kind is optim.Adam or optimizer.calls == 1
 
 
 def test_a_scheduler_drives_them_and_copies_go_on():

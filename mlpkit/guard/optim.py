@@ -83,7 +83,8 @@ class _Guarded(torch.optim.Optimizer):
             _torch._global_optimizer_pre_hooks,
             _torch._global_optimizer_post_hooks,
         )
-        if any(hooks):
+        # torch calls the hooks around a subclass's step, which came here.
+        if any(hooks) and not self.steps_itself():
             return torch.optim.Optimizer.profile_hook_step(type(self)._take)(self, closure, scale)
         return self._take(closure, scale)
 
@@ -96,7 +97,9 @@ class _Guarded(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         state = self.__dict__
-        update: FusedUpdate | None = state.get("_update")
+        force = state.get("_forced", False)
+        # What is forced may be taken back, state and all: it begins and ends with itself.
+        update: FusedUpdate | None = FusedUpdate(self) if force else state.get("_update")
         if update is None:
             update = state["_update"] = FusedUpdate(self)
         outcome = state["_outcome"] = update.step(
@@ -104,17 +107,32 @@ class _Guarded(torch.optim.Optimizer):
             clip_norm=math.inf if self.clip_norm is None else self.clip_norm,
             scale=scale,
             grad_scale=state.get("grad_scale"),
-            found_inf=state.get("found_inf"),
+            found_inf=None if force else state.get("found_inf"),
+            force=force,
         )
+        if force:
+            return loss
         state["_steps"] = state.get("_steps", 0) + 1
         if not outcome.taken:
             self._skipped(outcome, update, scale)
         return loss
 
-    def force(self) -> None:
-        """Take one step whatever comes out, Inf and NaN too: for those who want to see where they would go."""
-        clip_norm = math.inf if self.clip_norm is None else self.clip_norm
-        FusedUpdate(self).step(self, clip_norm=clip_norm, force=True)
+    def force(self, *args: Any, **kwargs: Any) -> Any:
+        """``step``, whatever comes out, Inf and NaN too: for those who want to see where they would go.
+
+        By way of ``step``: hooks, a subclass's own ``step`` and a scheduler's wrapper have their part.
+        """
+        self.__dict__["_forced"] = True
+        try:
+            value = self.step(*args, **kwargs)
+        finally:
+            del self.__dict__["_forced"]
+        self._opt_called = True  # what a scheduler looks at
+        return value
+
+    def steps_itself(self) -> bool:
+        """Whether a subclass has a step of its own, which no native call may stand in for."""
+        return type(self).step is not _Guarded.step
 
     def _skipped(self, outcome: Outcome, update: FusedUpdate, scale: DeviceScale | None) -> None:
         if outcome.reason == Reason.SETTING:

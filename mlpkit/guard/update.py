@@ -57,11 +57,13 @@ class Outcome(NamedTuple):
 _NOTHING = Outcome(True, int(Reason.TAKEN), 0.0, 1.0, -1, 0)
 
 
-def why_not(optimizer: torch.optim.Optimizer) -> str | None:
+def why_not(optimizer: Any) -> str | None:
     """Why a TrainStep does not update here; None where it does."""
     if not hasattr(optimizer, "guarded_kind"):
         # torch's kernels round in other places, and a guarded step is that of a plain loop bit for bit.
         return f"{type(optimizer).__name__} is not one of mlpkit.guard.optim"
+    if optimizer.steps_itself():
+        return "the optimizer's class has a step of its own"
     own = vars(optimizer).get("step")
     if own is not None and not getattr(own, "_wrapped_by_lr_sched", False):
         return "the optimizer's step was replaced"
