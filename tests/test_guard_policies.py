@@ -4,6 +4,7 @@ import collections
 import copy
 import math
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -504,6 +505,17 @@ def test_a_damaged_file_is_a_data_error(name, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=r"Snapshot\.load"):
             Snapshot.load(path)
+
+
+def test_a_pickle_that_ends_at_once_is_a_data_error(tmp_path):
+    path = Snapshot.take(parts()).save(tmp_path / "run.pt")
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, b"\x80\x02." if name.endswith("data.pkl") else content)
+    with pytest.raises(DataError, match="cannot be read"):
+        Snapshot.load(path)
 
 
 def test_a_file_that_lacks_a_part_is_a_data_error_when_it_is_loaded(tmp_path):
