@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from guard_runs import OPTIMIZERS, all_finite, assert_same_bits, poison
 from torch import nn
 
 from mlpkit.errors import ArgumentError, DtypeError, NonFiniteError
-from mlpkit.guard import GradScaler, History, optim
+from mlpkit.guard import GradScaler, History, headroom, optim
+from mlpkit.guard.attempt import Attempt
+from mlpkit.guard.state import OptimizerCopy
 from mlpkit.trace import Tracer
 
 STOCK = torch.amp.GradScaler
@@ -475,6 +478,49 @@ def test_a_validation_forward_and_a_loaded_checkpoint_between_are_not_undone():
     assert torch.equal(loop.model[1].running_mean, torch.full((8,), 5.0))
 
 
+def test_a_checkpoint_loaded_before_a_forward_without_a_graph_is_not_undone():
+    loop = Loop()
+    loop.model(torch.randn(4, 5))
+    loop.model.load_state_dict({**loop.model.state_dict(), "1.running_mean": torch.full((8,), 5.0)})
+    loop.model.eval()
+    with torch.no_grad():
+        loop.model(torch.randn(4, 5))
+    loop.model.train()
+    x, y = loop.batch()
+    loop.take(x * torch.nan, y)
+    assert torch.equal(loop.model[1].running_mean, torch.full((8,), 5.0))
+
+
+def test_a_forward_without_a_graph_leaves_a_spoilt_iterations_buffers_to_be_put_back():
+    loop = Loop()
+    loop.take()
+    before = loop.state()
+    x, y = loop.batch()
+    loop.optimizer.zero_grad()
+    for part in (x * torch.nan, x):
+        loop.scaler.scale(nn.functional.cross_entropy(loop.model(part), y)).backward()
+        with torch.no_grad():
+            loop.model(x)
+    loop.scaler.step(loop.optimizer)
+    loop.scaler.update()
+    assert_same_bits(loop.state(), before)
+
+
+def test_a_scaler_that_is_gone_leaves_nothing_on_the_model():
+    model = network()
+    scaler = GradScaler("cpu", model=model)
+    batch = torch.randn(4, 5)
+    seen = weakref.ref(batch)
+    model(batch)
+    scaler.protect(model)
+    assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
+    model(batch)
+    del scaler, batch
+    assert seen() is None
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
 def test_an_optimizer_that_unscales_for_itself_is_asked_as_torch_asks_and_guarded():
     class Own(torch.optim.SGD):
         _step_supports_amp_scaling = True
@@ -598,6 +644,19 @@ def test_history_headroom_and_the_tracers_word_on_where_it_began():
     assert [row["skipped"] for row in rows] == [False, False, True]
     assert rows[0]["headroom"] == bits
     assert rows[0]["grad_norm"] > 0
+
+
+def test_gradients_that_no_kernel_counts_may_be_empty_or_lie_on_several_devices(monkeypatch):
+    monkeypatch.setattr(headroom, "_COUNTED", ())  # as on a device
+    largest, bad = headroom.absmax([torch.tensor([1.0, -3.0]), torch.zeros(0), torch.tensor([torch.inf])])
+    assert largest.tolist() == [3.0, 0.0, torch.inf]
+    assert bad.tolist() == [False, False, True]
+    assert headroom.absmax([torch.zeros(0, 3)])[0].tolist() == [0.0]
+    assert headroom.absmax([torch.ones(2, device="meta"), torch.ones(2)])[0].device.type == "meta"
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    attempt = Attempt(optimizer, optimizer.step, {}, OptimizerCopy(optimizer))
+    attempt._norms = [torch.ones(2, device="meta"), torch.ones(2)]
+    assert attempt.norm.device.type == "meta"
 
 
 def test_the_scale_that_is_told_without_reading_is_the_scale(monkeypatch):

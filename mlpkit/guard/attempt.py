@@ -59,8 +59,9 @@ class Attempt:
             readings.add(norms, bounds.LARGEST if provable else census.FINITE)
         if self.largest is not None and self.largest.numel():
             # A norm that overflowed clips everything to zero: only then may nothing be left of a gradient so large.
-            left = torch.stack([norms.amax() for norms in self._norms]).amax()
-            readings.add(torch.where(left == 0, self.largest.amax().to(left.device), 0.0), _MAY_OVERFLOW)
+            largest = self.largest.amax()
+            left = torch.stack([norms.amax().to(largest) for norms in self._norms]).amax()
+            readings.add(torch.where(left == 0, largest, 0.0), _MAY_OVERFLOW)
         if provable:
             bounds.add_readings(readings, self.optimizer)
         if self._exceeded(readings):
@@ -103,7 +104,8 @@ class Attempt:
         """The global norm of the gradients that ``make`` saw, 0-dim float64; of this rank's shards. No sync."""
         if not self._norms:
             return None
-        total: Tensor = torch.linalg.vector_norm(torch.cat([norms.double() for norms in self._norms]))
+        device = self._norms[0].device
+        total: Tensor = torch.linalg.vector_norm(torch.cat([norms.to(device, torch.float64) for norms in self._norms]))
         return total
 
     def _checked_update(self) -> Verdict | None:

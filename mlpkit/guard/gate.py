@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,10 +35,14 @@ class Gate:
         self._device = next((local(parameter).device for parameter in model.parameters()), torch.device("cpu"))
         self._versions: list[tuple[Tensor, int]] = []
         self._calls: list[tuple[MicroBatch, Autocast]] = []
-        self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True),
-            model.register_forward_hook(_Hook(self._after), always_call=True),
+        self._stale = False  # buffers were changed outside forwards since they were copied
+        # The model does not keep the gate, nor the calls that it holds, once its scaler has gone.
+        before, after = weakref.WeakMethod(self._before), weakref.WeakMethod(self._after)
+        handles = [
+            model.register_forward_pre_hook(_Hook(before), prepend=True, with_kwargs=True),
+            model.register_forward_hook(_Hook(after), always_call=True),
         ]
+        self._finalizer = weakref.finalize(self, _remove, handles)
 
     def close(self) -> None:
         """The iteration is over."""
@@ -46,8 +51,8 @@ class Gate:
 
     def remove(self) -> None:
         """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+        self._finalizer()
+        self.close()
 
     def culprit(self, loss: Finding) -> tuple[str, str, Finding, str]:
         """Who made a loss bad: (where, culprit, finding, note), by running the calls again on a stand-in."""
@@ -59,12 +64,12 @@ class Gate:
         return "loss", "loss", loss, note
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stale |= any(buffer._version != version for buffer, version in self._versions)
         if not (self._model.training and torch.is_grad_enabled()):
             return
-        touched = any(buffer._version != version for buffer, version in self._versions)
-        if not self.open or touched:
+        if not self.open or self._stale:
             self.buffers.take()
-        self.open = True
+        self.open, self._stale = True, False
         if len(self._calls) < _MOST_CALLS:
             kind = self._device.type
             again = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -75,15 +80,21 @@ class Gate:
         self._versions = [(buffer, buffer._version) for _, buffer in self.buffers.named()]
 
 
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
 class _Hook:
     """A module hook that does nothing once the module has been copied or pickled: the copy is another model."""
 
-    def __init__(self, act: Callable[..., None] | None = None) -> None:
+    def __init__(self, act: weakref.WeakMethod[Callable[..., None]] | None = None) -> None:
         self._act = act
 
     def __call__(self, *arguments: Any) -> None:
-        if self._act is not None:
-            self._act(*arguments)
+        act = self._act() if self._act is not None else None
+        if act is not None:
+            act(*arguments)
 
     def __deepcopy__(self, memo: Any) -> _Hook:
         return _Hook()

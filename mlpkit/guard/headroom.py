@@ -29,7 +29,11 @@ def absmax(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if all(tensor.device.type == "cpu" and tensor.dtype in _COUNTED for tensor in tensors):
         counts, extremes, _ = torch.ops.mlpkit.census([tensor.detach() for tensor in tensors], False)
         return extremes[:, 0], counts[:, :3].any(1)
-    norms = torch.stack([one.double() for one in torch._foreach_norm([t.detach() for t in tensors], math.inf)])
+    # An empty tensor has no largest element, and stays out; tensors of a split model come to the first one's device.
+    zero = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+    held = [tensor.detach() for tensor in tensors if tensor.numel()]
+    found = iter(torch._foreach_norm(held, math.inf) if held else ())
+    norms = torch.stack([next(found).to(zero) if tensor.numel() else zero for tensor in tensors])
     return norms, torch.isfinite(norms).logical_not()
 
 
