@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -150,6 +151,15 @@ def test_write_whole_leaves_no_other_file(tmp_path):
     write_whole(written, "<p>two</p>")
     assert written.read_text() == "<p>two</p>"
     assert [item.name for item in written.parent.iterdir()] == ["report.html"]
+
+
+def test_a_file_has_the_mode_that_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = write_whole(tmp_path / "page.html", "text")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_failed_write_leaves_the_old_page(tmp_path):

@@ -181,7 +181,9 @@ class _Guarded(torch.optim.Optimizer):
 class SGD(_Guarded, torch.optim.SGD):
     """``torch.optim.SGD`` with guarded steps; l1 adds l1 * sign(p) to the gradient, clip_norm clips the global norm.
 
-    Bitwise torch's fused update. foreach and fused are taken and change nothing; ArgumentError for differentiable=True.
+    Bitwise torch's fused update on a processor with FMA, but for the last elements of a tensor, which fill no vector
+    there: those are within 2 ulp of the largest term.
+    foreach and fused are taken and change nothing; ArgumentError for differentiable=True.
     """
 
     guarded_kind = "sgd"
@@ -195,8 +197,9 @@ class SGD(_Guarded, torch.optim.SGD):
 class Adam(_Guarded, torch.optim.Adam):
     """``torch.optim.Adam`` with guarded steps; l1 adds l1 * sign(p) to the gradient, clip_norm clips the global norm.
 
-    Bitwise torch's fused update. foreach and fused are taken and change nothing; ArgumentError for differentiable=True
-    and capturable=True.
+    Bitwise torch's fused update on a processor with FMA, but for the last elements of a tensor, which fill no vector
+    there: those are within 2 ulp of the largest term.
+    foreach and fused are taken and change nothing; ArgumentError for differentiable=True and capturable=True.
     """
 
     guarded_kind = "adam"
@@ -212,8 +215,9 @@ class Adam(_Guarded, torch.optim.Adam):
 class AdamW(_Guarded, torch.optim.AdamW):
     """``torch.optim.AdamW`` with guarded steps; l1 adds l1 * sign(p) to the gradient, clip_norm clips the global norm.
 
-    Bitwise torch's fused update. foreach and fused are taken and change nothing; ArgumentError for differentiable=True
-    and capturable=True.
+    Bitwise torch's fused update on a processor with FMA, but for the last elements of a tensor, which fill no vector
+    there: those are within 2 ulp of the largest term.
+    foreach and fused are taken and change nothing; ArgumentError for differentiable=True and capturable=True.
     """
 
     guarded_kind = "adamw"
@@ -227,7 +231,8 @@ class AdamW(_Guarded, torch.optim.AdamW):
 class RMSprop(_Guarded, torch.optim.RMSprop):
     """``torch.optim.RMSprop`` with guarded steps; l1 adds l1 * sign(p) to the gradient, clip_norm clips their norm.
 
-    Within 1 ulp of torch's update; a centred variance that rounding made negative counts as 0, where torch makes NaN.
+    Within 8 ulp of the largest term of torch's update; a centred variance that rounding made negative counts as 0,
+    where torch makes NaN.
     foreach is taken and changes nothing; ArgumentError for differentiable=True and capturable=True.
     """
 
