@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -323,6 +324,56 @@ def test_weights_that_are_scored_are_those_of_the_best_validation_epoch():
     assert outcome.best_epoch == int(np.argmin(outcome.validation_loss))
     assert len(outcome.validation_loss) > outcome.best_epoch + 1  # It went on, and came back.
     assert len(outcome.train_loss) == len(outcome.validation_loss)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "sgd", "lr": 0.1}, {"optimizer": "adam"}, {"optimizer": "rmsprop", "momentum": 0.5, "lr": 0.01},
+        {"norm": "batch"}, {"norm": "layer"}, {"dropout": (0.2,)}, {"schedule": "cosine", "epochs": 40},
+        {"loss": "squared"}, {"label_smoothing": 0.1}, {"l1": 1e-3}, {"activation": "gelu", "init": "he_normal"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_field_of_a_spec_trains_and_changes_what_comes_out(change):
+    (plain,), (other,) = (
+        trainer.train_members([replace(SPEC, patience=40, **more)], [fold_data(rows=160)], 2)[0]
+        for more in ({}, change)
+    )
+    assert other.train_loss[-1] < other.train_loss[0]
+    assert other.train_loss != plain.train_loss
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber", "l1"])
+def test_losses_of_numbers_learn_a_line(loss):
+    spec = replace(SPEC, hidden=(), loss=loss)
+    (outcome,) = trainer.train_members([spec], [fold_data(rows=160, regression=True)], 0)[0]
+    assert outcome.score > 0.95
+
+
+def test_a_row_of_weight_zero_teaches_nothing():
+    data = fold_data(regression=True)
+    weight = torch.ones(len(data.train.x))
+    weight[0] = 0.0
+    wild = data.train.y.clone()
+    wild[0] = 1e6
+    train = [Split(data.train.x, y, weight) for y in (data.train.y, wild)]
+    one, two = (trainer.train_members([SPEC], [replace(data, train=item)], 0)[0][0] for item in train)
+    assert one.validation_loss == two.validation_loss
+
+
+def test_the_test_rows_outputs_come_with_the_score():
+    data = fold_data()
+    (outcome,) = trainer.train_members([SPEC], [data], 2)[0]
+    assert outcome.output.shape == (len(data.test.x), 2)
+    assert trainer.score_of(outcome.output, data.test.y) == outcome.score
+
+
+def test_a_fold_trained_later_is_the_fold_trained_at_once():
+    folds = [fold_data(0), fold_data(1)]
+    at_once = trainer.train_members([SPEC], folds, 2)[0][1]
+    (later,) = trainer.train_members([SPEC], folds[1:], 2, first_fold=1)[0]
+    assert later.validation_loss == at_once.validation_loss
 
 
 def test_test_rows_do_not_steer_training():

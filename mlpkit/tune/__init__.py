@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlpkit.tune.model import TunedModel
+    from mlpkit.tune.parts import Choice, Range
     from mlpkit.tune.run import Run
     from mlpkit.tune.search import tune
+    from mlpkit.tune.space import Space
     from mlpkit.tune.table import read_csv
 
-__all__ = ["Run", "TunedModel", "read_csv", "tune"]
+__all__ = ["Choice", "Range", "Run", "Space", "TunedModel", "read_csv", "tune"]
 
 # On first use, so that importing the package loads neither torch's optimizers nor a table library.
-_HOMES = {"Run": "run", "TunedModel": "model", "read_csv": "table", "tune": "search"}
+_HOMES = {
+    "Choice": "parts",
+    "Range": "parts",
+    "Run": "run",
+    "Space": "space",
+    "TunedModel": "model",
+    "read_csv": "table",
+    "tune": "search",
+}
 
 
 def __getattr__(name: str) -> Any:

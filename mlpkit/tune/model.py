@@ -18,6 +18,7 @@ from mlpkit.errors import ArgumentError, DataError, ShapeError
 from mlpkit.report._extras import require
 from mlpkit.tune import trainer
 from mlpkit.tune.encoder import Encoder
+from mlpkit.tune.spec import Spec
 from mlpkit.tune.table import Column, clean, pandas, to_frame
 from mlpkit.tune.target import Label, Task
 
@@ -42,6 +43,7 @@ class TunedModel:
     encoder: Encoder
     hidden: tuple[int, ...]
     activation: str = "relu"
+    norm: str | None = None
     target_mean: float = 0.0
     target_scale: float = 1.0
 
@@ -103,6 +105,7 @@ class TunedModel:
                 "hidden": list(self.hidden),
                 "out_features": max(1, len(self.classes)),
                 "activation": self.activation,
+                "norm": self.norm,
             },
             "columns": [{"name": column.name, "kind": column.kind} for column in self.columns],
             "encoder": self.encoder.to_dict(),
@@ -134,8 +137,9 @@ class TunedModel:
         network, target = data["network"], data["target"]
         hidden = tuple(network["hidden"])
         out_features = network["out_features"] if data["task"] == "classification" else 0
+        spec = Spec(hidden, 0.0, 0.0, 1, 0, activation=network["activation"], norm=network.get("norm"))
         return cls(
-            model=trainer.build(hidden, network["activation"], network["in_features"], out_features).eval(),
+            model=trainer.build(spec, network["in_features"], out_features).eval(),
             task=data["task"],
             target_name=target["name"],
             classes=tuple(data["classes"]),
@@ -143,6 +147,7 @@ class TunedModel:
             encoder=Encoder.from_dict(data["encoder"]),
             hidden=hidden,
             activation=network["activation"],
+            norm=network.get("norm"),
             target_mean=target["mean"],
             target_scale=target["scale"],
         )

@@ -139,7 +139,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "se": trial.se,
         "train_mean": trial.train_mean,
         "seconds": trial.seconds,
-        "folds": [asdict(outcome) for outcome in trial.outcomes],
+        "folds": [outcome.to_dict() for outcome in trial.outcomes],
     }
 
 
