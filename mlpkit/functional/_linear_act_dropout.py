@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from mlpkit.errors import ShapeError
+from mlpkit.functional import _transforms
 from mlpkit.functional._checks import (
     DEFAULT_NEGATIVE_SLOPE,
     check_activation,
@@ -48,7 +50,9 @@ def linear_act_dropout(
     ``torch.manual_seed`` repeats a run. stream: tells apart layers that share a seed. The mask depends on seed, offset,
     stream and the element's row and column alone: docs/masks.md.
 
-    Raises ShapeError, DtypeError, DeviceError or ArgumentError, each naming the argument. Differentiable once.
+    Raises ShapeError, DtypeError, DeviceError or ArgumentError, each naming the argument. Differentiable once; under
+    ``torch.func`` transforms (grad, vmap, jvp, ...) PyTorch's own ops take over, with the same masks, more slowly, as
+    often as one likes.
     """
     # The native checks cannot see these two: p is overruled in evaluation, and only leaky_relu reads a float slope.
     if not probability(p) or not (slope is None or isinstance(slope, Tensor) or negative_slope_fits(activation, slope)):
@@ -58,6 +62,10 @@ def linear_act_dropout(
     slope_tensor = slope if isinstance(slope, Tensor) else None
     negative_slope = slope if isinstance(slope, (int, float)) else DEFAULT_NEGATIVE_SLOPE
     result: Tensor
+    if _transforms.transformed():
+        check(x, weight, bias, activation, slope, p, seed, stream)
+        drawn = drawn_seed(NAME, seed, x) if p > 0.0 else None
+        return _transforms.act_dropout(linear(x, weight, bias), activation, slope, p, drawn, stream)
     if torch.compiler.is_compiling():
         check(x, weight, bias, activation, slope, p, seed, stream)
         drawn = drawn_seed(NAME, seed, x) if p > 0.0 else None

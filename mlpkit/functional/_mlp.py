@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from mlpkit.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from mlpkit.functional import _transforms
 from mlpkit.functional._checks import DEFAULT_NEGATIVE_SLOPE, drawn_seed, probability
 from mlpkit.functional._linear_act_dropout import check
 from mlpkit.functional._norms import Norms
@@ -47,7 +49,8 @@ def mlp(
     after it are: lists of one or none a hidden layer, momentum, eps and frozen for all.
 
     Values, gradients and masks are bit for bit those of the layers called one by one. Errors as theirs, plus
-    ArgumentError for counts that do not fit. Differentiable once.
+    ArgumentError for counts that do not fit. Differentiable once; under ``torch.func`` transforms as
+    ``linear_act_dropout`` is.
     """
     hidden = len(weights) - 1
     probabilities: list[float] = list(p) if isinstance(p, Sequence) else [p] * hidden
@@ -70,6 +73,9 @@ def mlp(
         refuse()
     try:
         drawn = drawn_seed(NAME, seed, x) if any(value > 0.0 for value in probabilities) else None
+        if _transforms.transformed():
+            refuse()
+            return _by_layers(x, weights, given, slopes, drawn, activation, negative_slope, probabilities, norms)
         if norms and hidden:
             return norms.run(x, list(weights), given, slopes, drawn, activation, negative_slope, probabilities)
         call = _mlp.dispatched if torch.compiler.is_compiling() else _mlp.eager
@@ -80,6 +86,26 @@ def mlp(
         refuse()
         raise
     return result
+
+
+def _by_layers(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    slopes: Sequence[Tensor | None],
+    seed: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    p: Sequence[float],
+    norms: Norms | None,
+) -> Tensor:
+    """The network by PyTorch's own ops, for transforms."""
+    for layer, slope in enumerate(slopes):
+        z = linear(x, weights[layer], biases[layer])
+        u = z if norms is None else norms.transformed(layer, z)
+        given = slope if activation == "prelu" else negative_slope
+        x = _transforms.act_dropout(u, activation, given, p[layer], seed, layer)
+    return linear(x, weights[-1], biases[-1])
 
 
 def _slopes(slope: float | Tensor | Sequence[Tensor] | None, hidden: int) -> list[Tensor | None]:

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mlpkit.errors import ArgumentError, ShapeError
+from mlpkit.functional import _transforms
 from mlpkit.functional._checks import (
     DEFAULT_NEGATIVE_SLOPE,
     check_activation,
@@ -48,6 +50,16 @@ class Averages(NamedTuple):
         moved = [average for average in (self.mean, self.var) if average is not None]
         known = isinstance(self.momentum, (int, float)) and 0.0 <= self.momentum <= 1.0
         return known and len(moved) != 1 and all(average.shape == mean.shape for average in moved)
+
+    def norm(self, z: Tensor, name: str | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """The norm of z's rows by PyTorch's own ops; it moves the averages unless they are used."""
+        if name == "layer":
+            return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
+        if name == "batch":
+            rows = z.reshape(-1, z.shape[-1])
+            y = F.batch_norm(rows, self.mean, self.var, weight, bias, not self.used, self.momentum, eps)
+            return y.reshape(z.shape)
+        return z
 
     def take(self, mean: Tensor, variance: Tensor, rows: int) -> None:
         """Move towards the statistics of a batch, as PyTorch does: by the unbiased variance."""
@@ -92,7 +104,7 @@ def norm_act_dropout(
 
     activation, slope, p, seed and stream as in ``linear_act_dropout``: equal seeds drop the same elements. Raises
     ShapeError (a batch of one row in training has no variance), DtypeError, DeviceError or ArgumentError, each naming
-    the argument. Differentiable once.
+    the argument. Differentiable once; under ``torch.func`` transforms as ``linear_act_dropout`` is.
     """
     averages = Averages(running_mean, running_var, momentum, norm == "batch" and (frozen or not training))
 
@@ -111,6 +123,11 @@ def norm_act_dropout(
         p = 0.0
     slope_tensor = slope if isinstance(slope, Tensor) else None
     negative_slope = slope if isinstance(slope, (int, float)) else DEFAULT_NEGATIVE_SLOPE
+    if _transforms.transformed():
+        refuse()
+        drawn = drawn_seed(NAME, seed, z) if p > 0.0 else None
+        u = averages.norm(z, norm, weight, bias, eps)
+        return _transforms.act_dropout(u, activation, slope, p, drawn, stream)
     call = eager
     if torch.compiler.is_compiling():
         refuse()

@@ -56,6 +56,10 @@ class Norms:
         affine = (self.weights[layer], self.biases[layer])
         check(z, self.norm, *affine, self.averages[layer], self.eps, activation, slope, 0.0, None, layer)
 
+    def transformed(self, layer: int, z: Tensor) -> Tensor:
+        """One hidden layer's norm by PyTorch's own ops."""
+        return self.averages[layer].norm(z, self.norm, self.weights[layer], self.biases[layer], self.eps)
+
     def run(
         self,
         x: Tensor,
