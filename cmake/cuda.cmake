@@ -126,6 +126,8 @@ function(mlpkit_compile_cuda_kernels)
   file(GLOB kernels CONFIGURE_DEPENDS csrc/cuda/*.cu)
   add_library(mlpkit_cuda OBJECT EXCLUDE_FROM_ALL ${kernels})
   target_compile_options(mlpkit_cuda PRIVATE -lineinfo)
+  # Formulas that say themselves what is contracted, bit for bit as on the CPU.
+  set_source_files_properties(csrc/cuda/guarded_census.cu csrc/cuda/guarded_update.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
   set(libraries mlpkit_cuda)
   mlpkit_find_cutlass(cutlass missing)
   if(missing)

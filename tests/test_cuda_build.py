@@ -28,7 +28,15 @@ REGISTERS = {
     "12stream_tilesI.*Li(64|128)E": 168,
     "11multiply_dzI": 255,
     "10add_sharesI": 64,
+    "6censusE": 128,
+    "7attemptE": 128,
+    "6uploadE": 128,
+    "13number_chunksE": 128,
+    "6updateI.*ELb1E": 80,
+    "6updateI.*ELb0E": 128,
 }
+# Formulas that say themselves what is contracted, bit for bit as on the CPU; cmake/cuda.cmake has the same.
+FLAGS = {"guarded_census": ["-fmad=false"], "guarded_update": ["-fmad=false"]}
 # What the machine code of a kernel must hold, from compute capability 8.0 on for those of the tensor cores.
 WIDE_LOAD, WIDE_STORE, WIDE_COPY = r"\bLDG\.E(\.\w+)*\.128", r"\bSTG\.E(\.\w+)*\.128", r"\bLDGSTS\.E\.BYPASS\.128"
 INSTRUCTIONS = {
@@ -44,6 +52,8 @@ INSTRUCTIONS = {
     ],
     "9add_partsE": [WIDE_LOAD],
     "13update_or_notE": [WIDE_LOAD, WIDE_STORE],
+    "6censusE": [WIDE_LOAD, r"\bDFMA\b", r"\b(RED|ATOMG?)\.E(\.\w+)*\.MAX\b"],
+    "6updateI": [WIDE_LOAD, WIDE_STORE],
 }
 TENSOR_CORES = ("12stream_tilesI", "11multiply_dzI", "9pass_rowsI")
 
@@ -73,7 +83,8 @@ def compiled(request, nvcc, tmp_path_factory):
     report, objects = "", []
     for kernel in KERNELS:
         objects.append(folder / f"{kernel.stem}.o")
-        command = [nvcc, *flags, "-I", str(ROOT / "csrc"), "-c", str(kernel), "-o", str(objects[-1])]
+        own = FLAGS.get(kernel.stem, [])
+        command = [nvcc, *flags, *own, "-I", str(ROOT / "csrc"), "-c", str(kernel), "-o", str(objects[-1])]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         report += result.stderr

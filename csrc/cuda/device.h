@@ -45,6 +45,12 @@ MLPKIT_DEVICE void fence() { __threadfence(); }
 // Integers in global memory only: a sum of floats in no fixed order is not deterministic. Returns the number before.
 MLPKIT_DEVICE uint32_t atomic_add(uint32_t* to, uint32_t value) { return atomicAdd(to, value); }
 MLPKIT_DEVICE void atomic_max(uint32_t* to, uint32_t value) { atomicMax(to, value); }
+MLPKIT_DEVICE void atomic_add(uint64_t* to, uint64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
+MLPKIT_DEVICE void atomic_max(uint64_t* to, uint64_t value) {
+  atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
 
 // The value that another lane of the warp passes to the same call. Every lane of the warp calls it.
 template <class F>
@@ -84,8 +90,10 @@ MLPKIT_DEVICE uint32_t reduce_or(uint32_t value) {
 
 MLPKIT_DEVICE void load(const int64_t* from, int64_t& to) { to = *from; }
 MLPKIT_DEVICE void load(const uint32_t* from, uint32_t& to) { to = *from; }
+MLPKIT_DEVICE void load(const uint64_t* from, uint64_t& to) { to = *from; }
 MLPKIT_DEVICE void store(int64_t* to, int64_t from) { *to = from; }
 MLPKIT_DEVICE void store(uint32_t* to, uint32_t from) { *to = from; }
+MLPKIT_DEVICE void store(uint64_t* to, uint64_t from) { *to = from; }
 
 // One element from memory to the compute type and back; rounds to nearest even, overflow becomes Inf, NaN stays NaN.
 MLPKIT_DEVICE void load(const double* from, double& to) { to = *from; }
@@ -96,6 +104,13 @@ MLPKIT_DEVICE void store(double* to, double from) { *to = from; }
 MLPKIT_DEVICE void store(float* to, float from) { *to = from; }
 MLPKIT_DEVICE void store(BFloat16* to, float from) { to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(from)); }
 MLPKIT_DEVICE void store(Half* to, float from) { to->bits = __half_as_ushort(__float2half_rn(from)); }
+
+// A pointer that came out of memory: the compiler cannot see by itself that it is one to global memory.
+template <class T>
+MLPKIT_DEVICE T* global(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
 
 // Sixteen aligned bytes, one access: 16 / sizeof(T) elements.
 MLPKIT_DEVICE void load16(const double* from, double* to) {

@@ -74,6 +74,14 @@ inline void atomic_max(uint32_t* to, uint32_t value) {
   check(to, 4, true);
   *to = value > *to ? value : *to;
 }
+inline void atomic_add(uint64_t* to, uint64_t value) {
+  check(to, 8, true);
+  *to += value;
+}
+inline void atomic_max(uint64_t* to, uint64_t value) {
+  check(to, 8, true);
+  *to = value > *to ? value : *to;
+}
 
 template <class F>
 F shuffle(F value, uint32_t from_lane) {
@@ -118,12 +126,14 @@ inline float widen(BFloat16 x) { return to_float(x); }
 inline float widen(Half x) { return to_float(x); }
 inline int64_t widen(int64_t x) { return x; }
 inline uint32_t widen(uint32_t x) { return x; }
+inline uint64_t widen(uint64_t x) { return x; }
 inline void narrow(double x, double& to) { to = x; }
 inline void narrow(float x, float& to) { to = x; }
 inline void narrow(float x, BFloat16& to) { to = to_bfloat16(x); }
 inline void narrow(float x, Half& to) { to = to_half(x); }
 inline void narrow(int64_t x, int64_t& to) { to = x; }
 inline void narrow(uint32_t x, uint32_t& to) { to = x; }
+inline void narrow(uint64_t x, uint64_t& to) { to = x; }
 
 template <class T>
 float2 widen_pair(uint32_t pair, T) {
@@ -135,6 +145,11 @@ uint32_t narrow_pair(float low, float high, T) {
   narrow(low, pair[0]);
   narrow(high, pair[1]);
   return pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
+}
+
+template <class T>
+T* global(T* pointer) {
+  return pointer;
 }
 
 template <class T, class C>
