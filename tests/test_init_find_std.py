@@ -139,3 +139,13 @@ def test_what_weights_cannot_help_is_refused_and_they_stay():
 def test_wrong_arguments_are_named(model, pair, loss, precision, message):
     with pytest.raises(ArgumentError, match=f"init.find_std: {message}"):
         init.find_std(model, pair, loss, precision)
+
+
+def test_losses_have_the_names_of_the_guarded_step():
+    by_name, by_function = large(2.0**40), large(2.0**40)
+    by_function.load_state_dict(by_name.state_dict())
+    found = init.find_std(by_name, batch(), "cross_entropy", "fp16")
+    assert found.factor < 1
+    assert found.factor == init.find_std(by_function, batch(), F.cross_entropy, "fp16").factor
+    with pytest.raises(ArgumentError, match=r"init\.find_std: loss is 'hinge'; it must be one of cross_entropy, bce"):
+        init.find_std(by_name, batch(), "hinge")

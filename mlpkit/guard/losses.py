@@ -1,64 +1,20 @@
-"""The losses that a guarded step knows: its own by name, and torch's modules and functions with their settings.
-
-Each named loss takes (output, target) and returns the mean, a scalar; ``reduction="sum"`` gives the sum.
-"""
+"""The losses that a guarded step knows: mlpkit's own by name, and torch's modules and functions with their settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlpkit.errors import ArgumentError, ShapeError
+from mlpkit.errors import ArgumentError
+from mlpkit.functional import _losses
+from mlpkit.functional._losses import LOSSES, REDUCTIONS, Loss
 
-Loss = Callable[[Any, Any], Tensor]
-REDUCTIONS = ("mean", "sum")
-
-
-def cross_entropy(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Same as ``F.cross_entropy``: output are logits (rows, classes, ...); target class indices or probabilities."""
-    return F.cross_entropy(_wide(output), target, reduction=reduction)
-
-
-def bce(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Same as ``F.binary_cross_entropy_with_logits``: output are logits; target in [0, 1], any dtype, same shape."""
-    return F.binary_cross_entropy_with_logits(*_pair(output, target, "bce"), reduction=reduction)
-
-
-def mse(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Same as ``F.mse_loss``, but shapes must be equal: broadcasting (N, 1) with (N,) compares all pairs."""
-    return F.mse_loss(*_pair(output, target, "mse"), reduction=reduction)
-
-
-def l1(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Same as ``F.l1_loss``; shapes must be equal."""
-    return F.l1_loss(*_pair(output, target, "l1"), reduction=reduction)
-
-
-def huber(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Same as ``F.huber_loss`` with delta 1; shapes must be equal."""
-    return F.huber_loss(*_pair(output, target, "huber"), reduction=reduction)
-
-
-def log_mse(output: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
-    """The mean of (log(output) - log(target))^2, for relative errors; both must be positive, or the step is skipped."""
-    wide, same = _pair(output, target, "log_mse")
-    return F.mse_loss(torch.log(wide), torch.log(same), reduction=reduction)
-
-
-LOSSES: Final[dict[str, Loss]] = {
-    "cross_entropy": cross_entropy,
-    "bce": bce,
-    "mse": mse,
-    "l1": l1,
-    "huber": huber,
-    "log_mse": log_mse,
-}
+__all__ = ["LOSSES", "Loss", "LossSpec", "describe", "own_loss", "resolve"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +86,7 @@ def resolve(loss: str | Loss | None) -> Loss | None:
 
     Raises ArgumentError for an unknown name, with the list, and for what is neither name, callable nor None.
     """
-    if loss is None or callable(loss):
-        return loss
-    if not isinstance(loss, str) or loss not in LOSSES:
-        known = ", ".join(LOSSES)
-        raise ArgumentError(f"TrainStep: loss is {loss!r}; it must be one of {known}, a callable, or None")
-    return LOSSES[loss]
+    return None if loss is None else _losses.resolve("TrainStep", loss)
 
 
 def own_loss(output: Any) -> Any:
@@ -144,15 +95,3 @@ def own_loss(output: Any) -> Any:
     if found is None:
         raise ArgumentError(f"TrainStep: loss=None wants an output with .loss, not {type(output).__name__}")
     return found
-
-
-def _pair(output: Tensor, target: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    if output.shape != target.shape:
-        raise ShapeError(f"{name}: output is {tuple(output.shape)}, target {tuple(target.shape)}; shapes must be equal")
-    wide = _wide(output)
-    return wide, target.to(wide.dtype)
-
-
-def _wide(output: Tensor) -> Tensor:
-    # Loss arithmetic in fp32: half precision would round the target and overflow the square.
-    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output

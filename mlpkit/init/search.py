@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlpkit.errors import ArgumentError, NonFiniteError
+from mlpkit.functional._losses import Loss, resolve
 from mlpkit.init._run import buffers_and_random_state_kept, call
 from mlpkit.init.draws import is_layer
 
@@ -48,25 +49,25 @@ class FoundStd:
         return "\n".join(lines + [f"  {name or 'model'}: std {std:.3g}" for name, std in self.std.items()])
 
 
-def find_std(
-    model: nn.Module, batch: tuple[Any, Any], loss: Callable[[Any, Any], Tensor], precision: str = "fp32"
-) -> FoundStd:
+def find_std(model: nn.Module, batch: tuple[Any, Any], loss: str | Loss, precision: str = "fp32") -> FoundStd:
     """Halve the weights of all linear and convolution layers until the first loss and all gradients are finite.
 
-    batch: a pair (inputs, target); inputs a tensor, tuple or dict. loss: a function of (output, target) that gives a
-    scalar. precision: ``"fp32"`` as the model is, ``"fp16"`` or ``"bf16"`` by autocast, as in ``guard.TrainStep`` but
-    without a loss scale. The model stays in its mode. It is left with the weights found, which are those it came with
-    times a power of two: all layers by one factor, so the proportions of the start remain. Biases, norms, gradients,
-    buffers and random state stay as they were, and so do weights that are good at once.
+    batch: a pair (inputs, target); inputs a tensor, tuple or dict. loss: a name that ``guard.TrainStep`` knows, or a
+    function of (output, target) that gives a scalar. precision: ``"fp32"`` as the model is, ``"fp16"`` or ``"bf16"`` by
+    autocast, as in ``guard.TrainStep`` but without a loss scale. The model stays in its mode. It is left with the
+    weights found, which are those it came with times a power of two: all layers by one factor, so the proportions of
+    the start remain. Biases, norms, gradients, buffers and random state stay as they were, and so do weights that are
+    good at once.
 
-    Raises ArgumentError for an unknown precision, a batch that is no pair, a loss that is no scalar tensor, or a model
-    without such layers; NonFiniteError, with the weights put back, when parameters or inputs are not finite to begin
-    with or nothing was finite after 64 halvings: then the fault lies elsewhere.
+    Raises ArgumentError for an unknown precision or loss, a batch that is no pair, a loss that gives no scalar tensor,
+    or a model without such layers; NonFiniteError, with the weights put back, when parameters or inputs are not finite
+    to begin with or nothing was finite after 64 halvings: then the fault lies elsewhere.
     """
     if precision not in PRECISIONS:
         raise ArgumentError(f"init.find_std: precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ArgumentError(f"init.find_std: batch is {type(batch).__name__}; it must be a pair (inputs, target)")
+    function = resolve("init.find_std", loss)
     weights = _weights(model)
     _check_finite(model, batch[0])
     originals = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -75,7 +76,7 @@ def find_std(
         for halvings in range(_HALVINGS + 1):
             factor = 2.0**-halvings
             _scale(weights, originals, factor)
-            tries.append(_try(model, batch, loss, precision, factor))
+            tries.append(_try(model, batch, function, precision, factor))
             if tries[-1].fault is None:
                 std = {name: weight.detach().double().std(correction=0).item() for name, weight in weights.items()}
                 return FoundStd(precision, factor, std, tuple(tries))
@@ -117,7 +118,7 @@ def _scale(weights: Mapping[str, Tensor], originals: Mapping[str, Tensor], facto
             weight.copy_(originals[name] * factor)
 
 
-def _try(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor], precision: str, factor: float) -> StdTry:
+def _try(model: nn.Module, batch: Any, loss: Loss, precision: str, factor: float) -> StdTry:
     """One forward and backward; every try starts from the same random state and the same buffers."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     device = next(model.parameters()).device.type
