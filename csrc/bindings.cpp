@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "bindings_population.h"
 #include "bindings_step.h"
 #include "bindings_update.h"
 #include "core/philox.h"
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("norm_biases"), py::arg("means"), py::arg("variances"), py::arg("seed"), py::arg("norm"), py::arg("eps"),
       py::arg("activation"), py::arg("negative_slope"), py::arg("p"), py::call_guard<py::gil_scoped_release>());
 
+  mlpkit::bind_population(m);
   mlpkit::bind_step(m);
   mlpkit::bind_update(m);
 

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -125,3 +125,44 @@ def cuda_kernels() -> str: ...
 def force_cuda_kernels(name: str) -> None: ...
 def gemm_library() -> str: ...
 def philox4x32(counter: list[int], key: list[int]) -> list[int]: ...
+
+class MemberProgress:
+    epoch: int
+    step: int
+    taken: int
+    skipped: int
+    skips_in_a_row: int
+    waited: int
+    best_epoch: int
+    stopped_step: int
+    best: float
+    mark: float
+    status: str
+    cause: str
+    train_loss: list[float]
+    validation_loss: list[float]
+    metric: list[float]
+    lr: list[float]
+
+class Population:
+    def __init__(
+        self,
+        loss: str,
+        delta: float,
+        metric: str,
+        data: tuple[Tensor | None, ...],
+        validation: tuple[Tensor | None, ...],
+    ) -> None: ...
+    def add(
+        self, network: dict[str, Any], recipe: dict[str, Any], rows: Tensor, validation_rows: Tensor | None
+    ) -> int: ...
+    def state(self, id: int) -> Tensor: ...
+    def tensors(self, id: int, best: bool) -> dict[str, Tensor]: ...
+    def progress(self, id: int) -> MemberProgress: ...
+    def steps_per_epoch(self, id: int) -> int: ...
+    def work_per_epoch(self, id: int) -> float: ...
+    def set_recipe(self, id: int, recipe: dict[str, Any]) -> None: ...
+    def train(
+        self, ids: list[int], epochs: int, threads: int, poll: Callable[[int, int, int, float, float], bool]
+    ) -> int: ...
+    def predict(self, ids: list[int], x: Tensor, best: bool, threads: int) -> Tensor: ...

@@ -8,10 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_MODULES = ("errors", "functional", "guard", "init", "nn", "trace", "tune")
+_MODULES = ("errors", "functional", "guard", "init", "nn", "population", "trace", "tune")
 _FUNCTIONS = {"census": "mlpkit.trace"}
 
-__all__ = ["census", "errors", "functional", "guard", "init", "nn", "trace", "tune"]
+__all__ = ["census", "errors", "functional", "guard", "init", "nn", "population", "trace", "tune"]
 __version__ = "0.1.0"
 
 

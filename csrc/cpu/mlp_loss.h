@@ -31,6 +31,7 @@ MLPKIT_HD double cross_entropy_of_lanes(const StepLoss& loss, int64_t panel, int
     else
       by_weight += at;
   }
+  const FloatVec share_of_row = loss.by_row ? load_bits<FloatVec>(loss.by_row + panel) : FloatVec{} + 1.f;
   // A row that does not count gives no slope, but its NaN is not hidden: the sum is finite otherwise.
   const FloatVec ignored = wanted == kIgnored ? 0.f * sum : FloatVec{};
   for (int64_t c = 0; c < classes; ++c) {
@@ -38,17 +39,17 @@ MLPKIT_HD double cross_entropy_of_lanes(const StepLoss& loss, int64_t panel, int
     const FloatVec is_class = wanted == static_cast<int32_t>(c) ? FloatVec{} + 1.f : FloatVec{};
     const FloatVec v = FloatVec{} + (loss.by_class ? loss.by_class[c] : 1.f);
     const FloatVec slope = loss.scale * cross_entropy_slope(loss.smoothing, share, is_class, weight, v);
-    store(slopes + c * kPanel, wanted >= 0 ? slope : ignored);
+    store(slopes + c * kPanel, wanted >= 0 ? slope * share_of_row : ignored);
   }
   const FloatVec surprise = math::log(sum) + top;
   const FloatVec spread = loss.smoothing.spread * (loss.smoothing.total * surprise - by_weight);
   const FloatVec value = weight * loss.smoothing.certain * (surprise - of_class) + spread;
-  return sum_of_lanes(wanted >= 0 ? value : FloatVec{});
+  return sum_of_lanes(wanted >= 0 ? value * share_of_row : FloatVec{});
 }
 
-// z, target and slopes: [outputs, 32]; count: how many of the lanes are rows.
+// z, target and slopes: [outputs, 32]; by_row: what each lane is multiplied by; count: how many of the lanes are rows.
 template <class Term>
-MLPKIT_HD double loss_of_lanes(const StepLoss& loss, int64_t count, int64_t outputs, const float* z,
+MLPKIT_HD double loss_of_lanes(const StepLoss& loss, FloatVec by_row, int64_t count, int64_t outputs, const float* z,
                                const float* target, float* slopes) {
   IntVec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -57,8 +58,8 @@ MLPKIT_HD double loss_of_lanes(const StepLoss& loss, int64_t count, int64_t outp
     const LossTerm<FloatVec> term =
         Term::at(load_bits<FloatVec>(z + c * kPanel), load_bits<FloatVec>(target + c * kPanel), loss.delta);
     const IntVec inside = lane < static_cast<int32_t>(count < kLanes ? count : kLanes);
-    store(slopes + c * kPanel, inside ? term.slope * loss.scale : FloatVec{});
-    sum += sum_of_lanes(inside ? term.value : FloatVec{});
+    store(slopes + c * kPanel, inside ? term.slope * loss.scale * by_row : FloatVec{});
+    sum += sum_of_lanes(inside ? term.value * by_row : FloatVec{});
   }
   return sum;
 }
@@ -72,8 +73,10 @@ inline double loss_of_panel(const StepPanel& step, int64_t outputs, const float*
     const int64_t count = step.rows - step.panel * kPanel - row;
     if (loss.kind == Loss::cross_entropy)
       sum += cross_entropy_of_lanes(loss, step.panel * kPanel + row, outputs, z + row, slopes + row);
+    const FloatVec by_row =
+        loss.by_row ? load_bits<FloatVec>(loss.by_row + step.panel * kPanel + row) : FloatVec{} + 1.f;
     visit_loss(loss.kind, [&]<class Term>(Term) {
-      sum += loss_of_lanes<Term>(loss, count, outputs, z + row, target + row, slopes + row);
+      sum += loss_of_lanes<Term>(loss, by_row, count, outputs, z + row, target + row, slopes + row);
     });
   }
   return sum;

@@ -2,7 +2,7 @@
 // multiplied (cpu). Included by the mlp_step kernels only.
 //
 // A Format has Lane, and says how numbers in fp32 become what is multiplied:
-//   rows(x, stride, rows, cols, in, blocks)   a panel of x -> in: [lanes(cols), 32], blocks as StepLayer::inputs
+//   rows(x, cols, in, blocks)                 rows of x -> in: [lanes(cols), 32], blocks as StepLayer::inputs
 //   outputs(y, cols, in, blocks)              the same of a panel y of outputs; returns where the former lies
 //   gradients(dz, cols, natural, across)      dz: [cols, 32] -> as StepLayer::dz, and [lanes(cols), 32]: where it lies
 #pragma once
@@ -158,7 +158,7 @@ class Pass {
     const StepLayer& layer = step_.layers[i];
     float* blocks = layer.inputs + panel_ * panels_of(layer.in) * kPanel * kColumn;
     if (i == 0) {
-      Format::rows(step_.x + first_row_ * layer.in, layer.in, rows_, layer.in, multiplied_, blocks);
+      Format::rows(TableRows(step_.x, layer.in, step_.index, first_row_, rows_), layer.in, multiplied_, blocks);
       return multiplied_;
     }
     const StepLayer& below = step_.layers[i - 1];
@@ -183,8 +183,11 @@ class Pass {
 
   void loss() {
     const int64_t outputs = step_.layers[step_.count - 1].out;
-    if (step_.loss.target) panel_of_rows(step_.loss.target + first_row_ * outputs, outputs, rows_, outputs, target_);
-    *step_.value = loss_of_panel(step_, outputs, kept_[step_.count - 1].y, target_, dz_);
+    const float* y = kept_[step_.count - 1].y;
+    if (step_.loss.target)
+      panel_of_rows(TableRows(step_.loss.target, outputs, nullptr, first_row_, rows_), outputs, target_);
+    *step_.value = loss_of_panel(step_, outputs, y, target_, dz_);
+    if (step_.outputs) rows_of_panel(y, rows_, outputs, step_.outputs + first_row_ * outputs);
   }
 
   void backward(int64_t i) {

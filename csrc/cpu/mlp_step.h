@@ -53,13 +53,14 @@ constexpr int32_t kIgnored = -1, kNoRow = -2;
 
 struct StepLoss {
   Loss kind;
-  float scale;             // of the slopes: 1 / rows, say
-  float delta;             // huber's
-  Smoothing smoothing;     // cross_entropy's, as are the next three
-  const int32_t* classes;  // [panels of rows, 32]: kIgnored where a row does not count, kNoRow beyond the rows
-  const float* weights;    // [panels of rows, 32]: of each row, 0 where it does not count
-  const float* by_class;   // [classes] or nullptr, where all weigh 1
-  const float* target;     // [rows, out]: of the other losses
+  float scale;                    // of the slopes: 1 / rows, say
+  float delta;                    // huber's
+  Smoothing smoothing;            // cross_entropy's, as are the next three
+  const int32_t* classes;         // [panels of rows, 32]: kIgnored where a row does not count, kNoRow beyond the rows
+  const float* weights;           // [panels of rows, 32]: of each row, 0 where it does not count
+  const float* by_class;          // [classes] or nullptr, where all weigh 1
+  const float* target;            // [rows, out]: of the other losses
+  const float* by_row = nullptr;  // [panels of rows, 32]: what each row's share is multiplied by, or nullptr for 1
 };
 
 struct StepWeights {  // fills what `forward` and `backward` of a layer point to, where that is not the weight itself
@@ -75,9 +76,11 @@ struct StepPanel {
   int64_t count, rows, panel;  // at most kMostLayers
   const float* x;              // [rows, in]
   StepLoss loss;
-  int64_t from, until;  // segments; until 0 means all that are left
-  float* scratch;       // step_scratch floats, 64-byte aligned; between segments of a panel it must stay
-  double* value;        // the panel's share of the loss, before scale
+  int64_t from, until;             // segments; until 0 means all that are left
+  float* scratch;                  // step_scratch floats, 64-byte aligned; between segments of a panel it must stay
+  double* value;                   // the panel's share of the loss, before scale
+  const int32_t* index = nullptr;  // [rows]: which rows of x they are, or nullptr: the first ones
+  float* outputs = nullptr;        // [rows, out]: what the last layer puts out, or nullptr where nobody asks
 };
 
 struct StepGradient {

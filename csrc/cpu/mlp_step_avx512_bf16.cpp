@@ -52,14 +52,14 @@ MLPKIT_HD void store_zipped(float* to, FloatVec low, FloatVec high, int64_t n) {
 struct Pairs {
   using Lane = Pair;
 
-  static void rows(const float* x, int64_t stride, int64_t rows, int64_t cols, float* in, float* blocks) {
+  static void rows(const TableRows& x, int64_t cols, float* in, float* blocks) {
     const int64_t lanes = lanes_of<Pair>(cols);
     for (int64_t lane = 0; lane < lanes; lane += kLanes)
       for (int64_t row = 0; row < kPanel; row += kLanes) {
         float* block = blocks + lane * kPanel + row / 2 * kPanel;
         FloatVec v[kLanes];
         for (int i = 0; i < kLanes; ++i)
-          v[i] = row + i < rows ? neighbours_of(x + (row + i) * stride + 2 * lane, cols - 2 * lane) : FloatVec{};
+          v[i] = row + i < x.count ? neighbours_of(x.row(row + i) + 2 * lane, cols - 2 * lane) : FloatVec{};
         for (int i = 0; i < kLanes; i += 2) store_zipped(block + i / 2 * kPanel, v[i], v[i + 1]);
         transpose(v);
         for (int i = 0; i < smaller(kLanes, lanes - lane); ++i) store(in + (lane + i) * kPanel + row, v[i]);

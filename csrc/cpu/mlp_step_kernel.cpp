@@ -30,11 +30,12 @@ struct Rounded {
   using Lane = OneInALane;
 
   // First a plain copy, which the hardware sees coming; the transposition then reads what is in L1.
-  static void rows(const float* x, int64_t stride, int64_t count, int64_t cols, float* in, float* blocks) {
-    blocks_of_rows(x, stride, count, cols, blocks);
+  static void rows(const TableRows& x, int64_t cols, float* in, float* blocks) {
+    blocks_of_rows(x, cols, blocks);
     if (!__is_same(T, float)) round_all<T>(blocks, panels_of(cols) * kPanel * kPanel, blocks);
     for (int64_t col = 0; col < cols; col += kPanel)
-      panel_of_rows(blocks + col * kPanel, kPanel, kPanel, smaller(kPanel, cols - col), in + col * kPanel);
+      panel_of_rows(TableRows(blocks + col * kPanel, kPanel, nullptr, 0, kPanel), smaller(kPanel, cols - col),
+                    in + col * kPanel);
   }
   static const float* outputs(float* y, int64_t cols, float*, float* blocks) {
     if (!__is_same(T, float)) round_all<T>(y, cols * kPanel, y);

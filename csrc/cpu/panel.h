@@ -96,16 +96,36 @@ MLPKIT_HD void panel_product(const Strided& a, const float* b, int64_t depth, in
   });
 }
 
-// The panel [cols, 32] of up to 32 rows of x; zeros where the rows end.
-inline void panel_of_rows(const float* x, int64_t stride, int64_t rows, int64_t cols, float* panel) {
+// Up to 32 rows of a table, from row `first` of a batch on: one after another, or those that an index names.
+class TableRows {
+ public:
+  MLPKIT_HD TableRows(const float* x, int64_t stride, const int32_t* index, int64_t first, int64_t count)
+      : count(count), x_(index ? x : x + first * stride), stride_(stride), index_(index ? index + first : nullptr) {}
+  MLPKIT_HD const float* row(int64_t i) const { return x_ + (index_ ? index_[i] : i) * stride_; }
+  const int64_t count;
+
+ private:
+  const float* x_;
+  int64_t stride_;
+  const int32_t* index_;
+};
+
+// The panel [cols, 32] of rows; zeros where the rows end.
+inline void panel_of_rows(const TableRows& x, int64_t cols, float* panel) {
   for (int64_t col = 0; col < cols; col += kLanes)
     for (int64_t row = 0; row < kPanel; row += kLanes) {
       FloatVec v[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        v[i] = row + i < rows ? load_part<FloatVec>(x + (row + i) * stride + col, cols - col) : FloatVec{};
+        v[i] = row + i < x.count ? load_part<FloatVec>(x.row(row + i) + col, cols - col) : FloatVec{};
       transpose(v);
       for (int i = 0; i < smaller(kLanes, cols - col); ++i) store(panel + (col + i) * kPanel + row, v[i]);
     }
+}
+
+// The inverse: up to 32 rows [rows, cols] of a panel.
+inline void rows_of_panel(const float* panel, int64_t rows, int64_t cols, float* to) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t col = 0; col < cols; ++col) to[row * cols + col] = panel[col * kPanel + row];
 }
 
 // The blocks of a panel [cols, 32]; zeros where the columns end.
@@ -121,13 +141,13 @@ inline void blocks_of_panel(const float* panel, int64_t cols, float* blocks) {
     }
 }
 
-// The blocks of up to 32 rows of x.
-inline void blocks_of_rows(const float* x, int64_t stride, int64_t rows, int64_t cols, float* blocks) {
+// The blocks of up to 32 rows.
+inline void blocks_of_rows(const TableRows& x, int64_t cols, float* blocks) {
   for (int64_t row = 0; row < kPanel; ++row)
     for (int64_t col = 0; col < panels_of(cols) * kPanel; col += kLanes) {
-      const bool inside = row < rows && col < cols;
+      const bool inside = row < x.count && col < cols;
       store(blocks + col / kPanel * kPanel * kPanel + row * kPanel + col % kPanel,
-            inside ? load_part<FloatVec>(x + row * stride + col, cols - col) : FloatVec{});
+            inside ? load_part<FloatVec>(x.row(row) + col, cols - col) : FloatVec{});
     }
 }
 

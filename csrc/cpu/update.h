@@ -9,10 +9,11 @@ struct Update {
   OptimizerSettings settings;
   float scale;  // the gradient is multiplied by it first (clipping)
   int64_t count;
-  float* p;        // [count]
-  const float* g;  // [count]
-  float* first;    // [count] or nullptr: momentum, exp_avg
-  float* second;   // [count] or nullptr: exp_avg_sq, square_avg
+  float* p;                  // [count]
+  const float* g;            // [count]
+  float* first;              // [count] or nullptr: momentum, exp_avg
+  float* second;             // [count] or nullptr: exp_avg_sq, square_avg
+  float* largest = nullptr;  // as Inspect's, of what is written; or nullptr
 };
 
 struct Inspect {        // results are added to what is there

@@ -6,9 +6,27 @@
 MLPKIT_BEGIN_ISA
 namespace {
 
+// The largest magnitude seen. As integers, magnitudes order like floats, with NaN above Inf.
+class Largest {
+ public:
+  MLPKIT_HD void see(FloatVec v) {
+    const IntVec magnitude = (IntVec)v & 0x7fffffff;
+    lanes_ = magnitude > lanes_ ? magnitude : lanes_;
+  }
+  MLPKIT_HD void add_to(float* largest) const {
+    int32_t top = math::bits_as<int32_t>(*largest);
+    for (int i = 0; i < kLanes; ++i) top = lanes_[i] > top ? lanes_[i] : top;
+    *largest = math::bits_as<float>(top);
+  }
+
+ private:
+  IntVec lanes_{};
+};
+
 template <class Formula>
 void update_with(const Update& args) {
   const OptimizerSettings settings = args.settings;  // what is stored below cannot change a copy
+  Largest largest;
   const auto apply = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
     FloatVec p = load_part<FloatVec>(args.p + at, n), g = load_part<FloatVec>(args.g + at, n);
     FloatVec first{}, second{}, none{};
@@ -18,10 +36,14 @@ void update_with(const Update& args) {
     store_part(args.p + at, p, n);
     if (args.first) store_part(args.first + at, first, n);
     if (args.second) store_part(args.second + at, second, n);
+    largest.see(p);
+    largest.see(first);
+    largest.see(second);
   };
   int64_t at = 0;
   for (; at + kLanes <= args.count; at += kLanes) apply(at, kLanes);
   if (at < args.count) apply(at, args.count - at);
+  if (args.largest) largest.add_to(args.largest);
 }
 
 }  // namespace
@@ -42,27 +64,20 @@ void update(const Update& args) {
 }
 
 void inspect(const Inspect& args) {
-  // As integers, magnitudes order like floats, with NaN above Inf.
-  IntVec largest{}, signs{};
+  Largest largest;
+  IntVec signs{};
   for (int64_t at = 0; at < args.count; at += kLanes) {
     const int64_t n = args.count - at;
-    const auto see = [&](const float* from) __attribute__((always_inline)) {
-      const IntVec magnitude = load_part<IntVec>(from + at, n) & 0x7fffffff;
-      largest = magnitude > largest ? magnitude : largest;
-    };
-    see(args.p);
-    if (args.first) see(args.first);
+    largest.see(load_part<FloatVec>(args.p + at, n));
+    if (args.first) largest.see(load_part<FloatVec>(args.first + at, n));
     if (args.second) {
-      see(args.second);
-      signs |= load_part<IntVec>(args.second + at, n);
+      const FloatVec second = load_part<FloatVec>(args.second + at, n);
+      largest.see(second);
+      signs |= (IntVec)second;
     }
   }
-  int32_t top = math::bits_as<int32_t>(*args.largest);
-  for (int i = 0; i < kLanes; ++i) {
-    *args.negative = *args.negative || signs[i] < 0;
-    top = largest[i] > top ? largest[i] : top;
-  }
-  *args.largest = math::bits_as<float>(top);
+  for (int i = 0; i < kLanes; ++i) *args.negative = *args.negative || signs[i] < 0;
+  largest.add_to(args.largest);
 }
 
 MLPKIT_END_ISA

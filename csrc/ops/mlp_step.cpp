@@ -54,8 +54,9 @@ class Seed {
   std::optional<at::mt19937> before_, after_;
 };
 
-// bfloat16 goes in pairs where the processor multiplies them.
-MlpStepKernels kernels_for(Dtype dtype) {
+}  // namespace
+
+MlpStepKernels mlp_step_kernels(Dtype dtype) {
 #if defined(__x86_64__)
   if (dtype == Dtype::bfloat16 && cpu::capability() == cpu::Capability::avx512_bf16)
     return {2, isa_avx512_bf16::step_weights_of_pairs, isa_avx512_bf16::step_panel_of_pairs,
@@ -63,8 +64,6 @@ MlpStepKernels kernels_for(Dtype dtype) {
 #endif
   return {1, dtype == Dtype::float32 ? nullptr : cpu::step_weights, cpu::step_panel, cpu::step_gradient};
 }
-
-}  // namespace
 
 Optimizer optimizer_from_name(const std::string& name) {
   if (name == "adam") return Optimizer::adam;
@@ -106,7 +105,7 @@ void MlpStep::Work::lay_out() {
 
 // Where the parameters lie now, and the weights as they are multiplied.
 void MlpStep::Work::set_weights() {
-  kernels = kernels_for(dtype);
+  kernels = mlp_step_kernels(dtype);
   int64_t floats = 0;
   for (const StepLayer& layer : layers)
     floats += kernels.lanes(layer.in) * layer.out + kernels.lanes(layer.out) * layer.in;

@@ -39,13 +39,14 @@ void MlpStep::Work::set_norms() {
   }
 }
 
-// A batch norm's mean and inverse deviation from the moments of the panels; the running averages as they would be next.
-void MlpStep::Work::combine_moments(size_t i) {
-  const StepLayer& layer = layers[i];
+NormAverages MlpStep::Work::averages_of(size_t i) const {
   const MlpStepNorm& tensor = tensors[i].norm;
-  NormWork& work = norms[i];
+  return {data_or_null(tensor.running_mean), data_or_null(tensor.running_var), tensor.momentum};
+}
+
+void combine_moments(const StepLayer& layer, int64_t rows, const NormAverages& averages, NormWork& work) {
   const double count = static_cast<double>(rows);
-  work.next_mean.resize(tensor.running_mean ? layer.out : 0);
+  work.next_mean.resize(averages.mean ? layer.out : 0);
   work.next_variance.resize(work.next_mean.size());
   for (int64_t n = 0; n < layer.out; ++n) {
     const auto part = [&](int64_t panel) {
@@ -59,20 +60,17 @@ void MlpStep::Work::combine_moments(size_t i) {
     for (int64_t panel = 0; panel < panels_of(rows); ++panel)
       squares_of += squares_around(mean, part(panel), size(panel));
     work.mean[n] = static_cast<float>(mean);
-    work.inverse[n] = static_cast<float>(inverse_deviation(squares_of / count, tensor.eps));
-    if (!tensor.running_mean) continue;
-    const auto moved = [&](const BorrowedTensor average, double value) {
-      return static_cast<float>((1.0 - tensor.momentum) * data(average)[n] + tensor.momentum * value);
+    work.inverse[n] = static_cast<float>(inverse_deviation(squares_of / count, layer.norm.eps));
+    if (!averages.mean) continue;
+    const auto moved = [&](const float* average, double value) {
+      return static_cast<float>((1.0 - averages.momentum) * average[n] + averages.momentum * value);
     };
-    work.next_mean[n] = moved(tensor.running_mean, mean);
-    work.next_variance[n] = moved(tensor.running_var, squares_of / (count - 1.0));
+    work.next_mean[n] = moved(averages.mean, mean);
+    work.next_variance[n] = moved(averages.variance, squares_of / (count - 1.0));
   }
 }
 
-// The means over all rows that a batch norm's gradient subtracts.
-void MlpStep::Work::combine_sums(size_t i) {
-  const StepLayer& layer = layers[i];
-  NormWork& work = norms[i];
+void combine_sums(const StepLayer& layer, int64_t rows, NormWork& work) {
   for (int64_t n = 0; n < layer.out; ++n) {
     double sum = 0.0, sum_x = 0.0;
     for (int64_t panel = 0; panel < panels_of(rows); ++panel) {
@@ -85,10 +83,7 @@ void MlpStep::Work::combine_sums(size_t i) {
   }
 }
 
-// Fills the gradients of a norm's parameters; returns the sum of their squares.
-double MlpStep::Work::norm_gradients(size_t i) {
-  const StepLayer& layer = layers[i];
-  const NormWork& work = norms[i];
+double norm_gradients(const StepLayer& layer, int64_t rows, const NormWork& work) {
   double squares_of = 0.0;
   const auto fill = [&](float* gradient, int64_t which) {
     for (int64_t n = 0; gradient && n < layer.out; ++n) {

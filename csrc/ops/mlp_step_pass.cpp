@@ -56,9 +56,9 @@ double MlpStep::Work::forward_and_backward(const float* x, const StepLoss& step_
     from = static_cast<int64_t>(segment + 1);
     if (last) break;
     if (segment < count)
-      combine_moments(layer);
+      combine_moments(layers[layer], rows, averages_of(layer), norms[layer]);
     else
-      combine_sums(layer);
+      combine_sums(layers[layer], rows, norms[layer]);
   }
   double sum = 0.0;
   for (const double value : values) sum += value;
@@ -77,7 +77,11 @@ double MlpStep::Work::gradient_norm() {
     at::parallel_for(0, count, 1, run);
   double sum = 0.0;
   for (const double square : squares) sum += square;
-  for (size_t i = 0; i < layers.size(); ++i) sum += slope_gradients(i) + norm_gradients(i);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const BorrowedTensor slope = tensors[i].slope;
+    if (slope) sum += slope_gradients(layers[i], rows, slope->numel(), dslopes[i]);
+    sum += norm_gradients(layers[i], rows, norms[i]);
+  }
   if (sum > kSmallestSquares && sum < kLargestSquares) return std::sqrt(sum);
   sum = 0.0;
   for (const MlpStepParameter& parameter : parameters)
@@ -86,16 +90,12 @@ double MlpStep::Work::gradient_norm() {
   return std::sqrt(sum);
 }
 
-// Fills the gradient of prelu's slope; returns the sum of its squares.
-double MlpStep::Work::slope_gradients(size_t layer) {
-  if (!tensors[layer].slope) return 0.0;
-  const int64_t slopes = tensors[layer].slope->numel();
+double slope_gradients(const StepLayer& layer, int64_t rows, int64_t slopes, float* gradient) {
   std::vector<double> sums(slopes);
-  for (int64_t at = 0; at < panels_of(rows) * layers[layer].out; ++at)
-    sums[slopes > 1 ? at % slopes : 0] += layers[layer].dslope[at];
+  for (int64_t at = 0; at < panels_of(rows) * layer.out; ++at) sums[slopes > 1 ? at % slopes : 0] += layer.dslope[at];
   double squares_of = 0.0;
   for (int64_t at = 0; at < slopes; ++at) {
-    dslopes[layer][at] = static_cast<float>(sums[at]);
+    gradient[at] = static_cast<float>(sums[at]);
     squares_of += sums[at] * sums[at];
   }
   return squares_of;

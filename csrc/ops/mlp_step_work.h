@@ -50,6 +50,11 @@ struct MlpStepParameter {
   float* gradient;
 };
 
+struct NormAverages {  // running ones of a batch norm; nullptr where there are none
+  const float *mean = nullptr, *variance = nullptr;
+  double momentum = 0.0;
+};
+
 struct NormWork {                                     // of a layer with a norm
   std::vector<double> moments;                        // [panels, 2, out], as StepNorm's
   std::vector<float> mean, inverse, mean_g, mean_gx;  // [out]
@@ -57,6 +62,18 @@ struct NormWork {                                     // of a layer with a norm
   std::vector<float> next_mean, next_variance;        // [out]: the running averages after this step, if it is taken
   float *dweight = nullptr, *dbias = nullptr;         // gradients
 };
+
+// The kernels for float32, or for bfloat16: in pairs where the processor multiplies them.
+MlpStepKernels mlp_step_kernels(Dtype dtype);
+
+// A batch norm's mean and inverse deviation from the moments of the panels; the running averages as they would be next.
+void combine_moments(const StepLayer& layer, int64_t rows, const NormAverages& averages, NormWork& work);
+// The means over all rows that a batch norm's gradient subtracts.
+void combine_sums(const StepLayer& layer, int64_t rows, NormWork& work);
+// Fills the gradients of a norm's parameters; returns the sum of their squares.
+double norm_gradients(const StepLayer& layer, int64_t rows, const NormWork& work);
+// Fills the gradients of prelu's slopes, `slopes` of them; returns the sum of their squares.
+double slope_gradients(const StepLayer& layer, int64_t rows, int64_t slopes, float* gradient);
 
 inline float* data(BorrowedTensor tensor) { return static_cast<float*>(tensor->mutable_data()); }
 inline float* data_or_null(BorrowedTensor tensor) { return tensor ? data(tensor) : nullptr; }
@@ -92,14 +109,11 @@ struct MlpStep::Work {
   }
   void set_norms();
   void run_panels(const float* x, const StepLoss& loss, int64_t from, int64_t until, float* memory, bool by_panel);
-  void combine_moments(size_t layer);
-  void combine_sums(size_t layer);
-  double norm_gradients(size_t layer);
+  NormAverages averages_of(size_t layer) const;
   bool averages_bounded() const;
   void move_averages();
   double forward_and_backward(const float* x, const StepLoss& loss);
   double gradient_norm();
-  double slope_gradients(size_t layer);
   bool bounded();
   void update(double scale, const std::vector<MlpStepGroup>& groups);
 };

@@ -1,0 +1,121 @@
+"""Tables and targets as the native part takes them, checked once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlpkit.errors import ArgumentError, DataError, DtypeError, ShapeError
+
+LOSSES = ("cross_entropy", "bce", "mse", "l1", "huber", "log_mse")
+MOST_ROWS = 2**31 - 1
+
+
+class Table(NamedTuple):
+    """x (rows, in) float32; classes (rows,) int32 or target (rows, out) float32; weights (rows,) float32 or None."""
+
+    x: Tensor
+    classes: Tensor | None
+    target: Tensor | None
+    weights: Tensor | None
+
+
+def table(X: Any, y: Any, weights: Any, loss: str, log_target: bool, owner: str) -> Table:
+    """All three, checked against each other; owner: "Population" or "validation", for the errors."""
+    x = inputs(X, owner)
+    found = Table(x, None, None, _weights(weights, len(x), owner))
+    if loss == "cross_entropy":
+        found = found._replace(classes=_classes(y, owner))
+    else:
+        found = found._replace(target=_target(y, loss, log_target, owner))
+    count = len(found.classes if found.classes is not None else found.target)  # type: ignore[arg-type]
+    if count != len(x):
+        raise ShapeError(f"{owner}: X has {len(x)} rows, y has {count}; they must agree")
+    return found
+
+
+def inputs(X: Any, owner: str) -> Tensor:
+    """X as contiguous float32 (rows, in_features); float64 is rounded."""
+    x = _tensor(X, "X", owner)
+    if x.dim() != 2 or not x.numel() or len(x) > MOST_ROWS:
+        raise ShapeError(f"{owner}: X has shape {tuple(x.shape)}; it must be (rows, in_features), neither of them 0")
+    return x.to(torch.float32).contiguous()
+
+
+def rows_of(rows: Any, count: int, field: str) -> Tensor:
+    """Indices into X as int32; negative ones, those beyond the end and none at all are refused."""
+    index = _tensor(rows, field, "Member")
+    if index.dtype == torch.bool:
+        if index.shape != (count,):
+            raise ShapeError(f"Member: {field} is a mask of shape {tuple(index.shape)}; X has {count} rows")
+        index = index.nonzero()[:, 0]
+    if index.is_floating_point() or index.dim() != 1 or not index.numel():
+        raise DataError(
+            f"Member: {field} has shape {tuple(index.shape)} and dtype {index.dtype}; it must be row numbers"
+        )
+    low, high = (int(end) for end in index.aminmax())
+    if low < 0 or high >= count:
+        raise DataError(f"Member: {field} goes from {low} to {high}; X has rows 0 to {count - 1}")
+    return index.to(torch.int32).contiguous()
+
+
+def _tensor(values: Any, name: str, owner: str) -> Tensor:
+    if isinstance(values, Tensor):
+        if values.device.type != "cpu":
+            raise ArgumentError(f"{owner}: {name} is on {values.device}; it must be on the CPU")
+        return values.detach()
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise DtypeError(
+            f"{owner}: {name} has dtype {array.dtype}; it must be numbers. Strings are encoded one layer up: "
+            "mlpkit.tune takes tables as they are"
+        )
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _classes(y: Any, owner: str) -> Tensor:
+    array = np.asarray(y) if not isinstance(y, Tensor) else None
+    if array is not None and array.dtype.kind not in "fiub":
+        raise DtypeError(
+            f"{owner}: y has dtype {array.dtype}; cross_entropy takes classes 0, 1, ...: encode labels by "
+            "numpy.unique(y, return_inverse=True), or give them to mlpkit.tune as they are"
+        )
+    classes = _tensor(y, "y", owner)
+    if classes.is_floating_point() or classes.dim() != 1:
+        raise DtypeError(
+            f"{owner}: y is {classes.dtype} of shape {tuple(classes.shape)}; cross_entropy takes integers (rows,)"
+        )
+    classes = classes.to(torch.int64)
+    if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < 2**20:
+        raise DataError(
+            f"{owner}: classes go from {int(classes.min())} to {int(classes.max())}; they must count from 0"
+        )
+    return classes.to(torch.int32).contiguous()
+
+
+def _target(y: Any, loss: str, log_target: bool, owner: str) -> Tensor:
+    target = _tensor(y, "y", owner)
+    if target.dim() == 1:
+        target = target[:, None]
+    if target.dim() != 2 or not target.shape[1]:
+        raise ShapeError(f"{owner}: y has shape {tuple(target.shape)}; {loss} takes (rows,) or (rows, outputs)")
+    wide = target.to(torch.float64)
+    if loss == "bce" and not bool(((wide >= 0) & (wide <= 1)).all()):
+        raise DataError(f"{owner}: y lies in [{float(wide.min()):g}, {float(wide.max()):g}]; bce takes [0, 1]")
+    if (log_target or loss == "log_mse") and not bool((wide > 0).all()):
+        raise DataError(f"{owner}: y goes down to {float(wide.min()):g}; a logarithm wants numbers above 0")
+    return (wide.log() if log_target else wide).to(torch.float32).contiguous()
+
+
+def _weights(weights: Any, rows: int, owner: str) -> Tensor | None:
+    if weights is None:
+        return None
+    found = _tensor(weights, "sample_weight", owner).to(torch.float32)
+    if found.shape != (rows,):
+        raise ShapeError(f"{owner}: sample_weight has shape {tuple(found.shape)}; it must be ({rows},), one a row")
+    if not bool((torch.isfinite(found) & (found >= 0)).all()) or not bool((found > 0).any()):
+        raise DataError(f"{owner}: sample_weight must be finite, at least 0, and above 0 somewhere")
+    return found.contiguous()
