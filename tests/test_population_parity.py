@@ -1,0 +1,218 @@
+"""A member's step against nn.MLP and torch.optim: five steps, each from copied state, by the precision rule."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from closeness import SEEDS, assert_no_worse_than
+from population_cases import classes_table, moments, numbers_table, order, population
+from torch.nn import functional as F
+
+from mlpkit.population import Member
+
+STEPS, ROWS = 5, 48
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+def optimizer_for(member, model):
+    settings = {"lr": member.lr, "weight_decay": member.weight_decay}
+    if member.optimizer in ("adam", "adamw"):
+        settings |= {"betas": member.betas, "eps": member.eps}
+    else:
+        settings |= {"momentum": member.momentum}
+    if member.optimizer == "sgd":
+        settings["nesterov"] = member.nesterov
+    if member.optimizer == "rmsprop":
+        settings |= {"alpha": member.alpha, "eps": member.eps}
+    return OPTIMIZERS[member.optimizer](model.parameters(), **settings)
+
+
+def named_like_members(model):
+    """Parameters of nn.MLP by the names that members give them."""
+    return dict(model.named_parameters())
+
+
+def copy_state(trained, model, optimizer, step):
+    """Parameters, averages and moments of the member into a model and its optimizer."""
+    tensors, first, second = moments(trained, 0)
+    model.load_state_dict(
+        {key: value.to(next(model.parameters()).dtype) for key, value in tensors.items()}, strict=False
+    )
+    for name, parameter in named_like_members(model).items():
+        found = {}
+        kind = type(optimizer)
+        if kind is torch.optim.SGD:
+            found = {"momentum_buffer": first[name]} if first and step else {}
+        elif kind is torch.optim.RMSprop:
+            found = {"square_avg": second[name]} | ({"momentum_buffer": first[name]} if first else {})
+        else:
+            found = {"exp_avg": first[name], "exp_avg_sq": second[name]}
+        found = {key: value.clone().to(parameter.dtype) for key, value in found.items()}
+        if kind is not torch.optim.SGD:
+            found["step"] = torch.tensor(float(step))
+        optimizer.state[parameter] = found
+
+
+def loss_of(member, kind, output, y):
+    if kind == "cross_entropy":
+        return F.cross_entropy(output, y, label_smoothing=member.label_smoothing)
+    return {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[kind](output, y.to(output.dtype))
+
+
+def stock_step(trained, member, kind, dtype, table, step):
+    """The member's next step by nn.MLP and torch.optim in this dtype; the state after it."""
+    X, y = table
+    found = order(member.seed, step, len(X))
+    model = copy.deepcopy(trained.export(0, weights="last")).to(dtype).train()
+    optimizer = optimizer_for(member, model)
+    copy_state(trained, model, optimizer, step)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=member.precision == "bf16" and dtype == torch.float32)
+    with autocast:
+        output = model(X[found].to(dtype), seed=torch.tensor([member.seed, step]))
+        loss = loss_of(member, kind, output.float() if autocast._enabled else output, y[found])
+    loss.backward()
+    for parameter in model.parameters():
+        if member.l1:
+            parameter.grad += member.l1 * parameter.detach().sign()
+    if member.clip_norm:
+        # clip_grad_norm_ adds 1e-6 to the norm, which members do not.
+        norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, member.clip_norm / float(norm))
+    optimizer.step()
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+# Where a gradient is nearly 0, the quotient of adaptive updates makes much of its last bits, unless eps is no smaller.
+COMMON = {"hidden": (24, 17), "lr": 1e-2, "batch_size": ROWS, "epochs": STEPS, "eps": 1e-3}
+CASES = {
+    "sgd": ("mse", {"optimizer": "sgd"}),
+    "momentum": ("mse", {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-2, "dropout": 0.2}),
+    "nesterov": ("huber", {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "l1": 1e-3}),
+    "adam": ("cross_entropy", {"optimizer": "adam", "weight_decay": 1e-2, "dropout": 0.3}),
+    "adamw": ("cross_entropy", {"optimizer": "adamw", "weight_decay": 0.1, "label_smoothing": 0.1}),
+    "rmsprop": ("mse", {"optimizer": "rmsprop", "activation": "tanh"}),
+    "rmsprop with momentum": ("l1", {"optimizer": "rmsprop", "momentum": 0.5, "activation": "gelu"}),
+    "clipped": ("mse", {"optimizer": "sgd", "clip_norm": 0.01, "activation": "prelu"}),
+    "layer norm": ("cross_entropy", {"optimizer": "sgd", "norm": "layer", "dropout": 0.2, "activation": "silu"}),
+    "batch norm": ("cross_entropy", {"optimizer": "sgd", "momentum": 0.9, "norm": "batch", "dropout": 0.2}),
+    "linear": ("cross_entropy", {"optimizer": "sgd", "hidden": ()}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_five_steps_from_copied_state_err_no_more_than_torchs(name):
+    kind, settings = CASES[name]
+    ours, stock, exact = {}, {}, {}
+    for seed in SEEDS:
+        make = classes_table if kind == "cross_entropy" else numbers_table
+        table = make(ROWS, 9, 3, seed=seed)
+        member = Member(**(COMMON | {"seed": seed + 40} | settings))
+        trained = population([member], table, loss=kind)
+        for step in range(STEPS):
+            results = [
+                stock_step(trained, member, kind, dtype, table, step) for dtype in (torch.float32, torch.float64)
+            ]
+            trained.train(1)
+            tensors = trained._native.tensors(0, False)
+            for place, found in zip((ours, stock, exact), (tensors, *results), strict=True):
+                for key in tensors:
+                    place.setdefault((step, key), []).append(found[key].detach().clone().double())
+    for step, key in ours:
+        group = [[one.float() for one in place[step, key]] for place in (ours, stock)]
+        assert_no_worse_than(*group, exact[step, key], f"{name}, step {step}, {key}")
+
+
+def test_bf16_errs_no_more_than_autocast():
+    ours, stock, exact = {}, {}, {}
+    for seed in SEEDS:
+        table = classes_table(64, 40, 5, seed=seed)
+        member = Member(hidden=(48, 33), dropout=0.1, optimizer="sgd", lr=0.1, batch_size=64, epochs=1, seed=seed)
+        low = Member(**(vars(member) | {"precision": "bf16"}))
+        trained = population([low], table)
+        results = [
+            stock_step(trained, low, "cross_entropy", dtype, table, 0) for dtype in (torch.float32, torch.float64)
+        ]
+        before = {key: value.clone() for key, value in trained._native.tensors(0, False).items()}
+        trained.train(1)
+        after = trained._native.tensors(0, False)
+        for place, found in zip((ours, stock, exact), (after, *results), strict=True):
+            for key in after:
+                # Of the step itself: the parameter would hide the error of its gradient.
+                place.setdefault(key, []).append(found[key].detach().double() - before[key].double())
+    for key in ours:
+        assert_no_worse_than([a.bfloat16() for a in ours[key]], [b.bfloat16() for b in stock[key]], exact[key], key)
+
+
+SCHEDULES = {
+    "cosine": ({"floor": 0.1}, lambda o, n, e: torch.optim.lr_scheduler.CosineAnnealingLR(o, n, 0.1 * 0.2)),
+    "step": ({"gamma": 0.5, "every": 2}, lambda o, n, e: torch.optim.lr_scheduler.StepLR(o, 2 * e, 0.5)),
+    "exponential": ({"gamma": 0.7}, lambda o, n, e: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.7 ** (t // e))),
+    "one_cycle": (
+        {},
+        lambda o, n, e: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=n, cycle_momentum=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_torchs(name):
+    settings, make = SCHEDULES[name]
+    epochs, steps = 7, 3
+    member = Member(lr=0.2, batch_size=10, epochs=epochs, schedule=name, optimizer="sgd", **settings)
+    trained = population([member], numbers_table(30)).fit()
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.2)
+    scheduler = make(optimizer, epochs * steps, steps)
+    wanted = []
+    for step in range(epochs * steps):
+        if step % steps == steps - 1:
+            wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert trained.scores[0].lr == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_warm_up_rises_in_equal_steps_before_the_schedule():
+    member = Member(lr=0.2, batch_size=10, epochs=4, warmup=2, schedule="cosine", optimizer="sgd")
+    found = population([member], numbers_table(30)).fit().scores[0].lr
+    after = [0.2 * (1 + math.cos(math.pi * step / 6)) / 2 for step in (2, 5)]
+    assert found == pytest.approx([0.1, 0.2, *after], rel=1e-9)
+
+
+def test_fifty_epochs_end_where_torchs_end():
+    X, y = classes_table(300, 8, 4)
+    train, rest = torch.arange(200), torch.arange(200, 300)
+    members = [
+        Member(
+            hidden=(32, 16), dropout=0.1, lr=3e-3, batch_size=32, epochs=50, seed=s, rows=train, validation_rows=rest
+        )
+        for s in range(5)
+    ]
+    ours = population(members, (X, y), metric="accuracy").fit()
+    theirs = []
+    for seed in range(5):
+        model = population(members[seed : seed + 1], (X, y)).export(0).to_sequential().train()
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for _ in range(50):
+                rows = train[torch.randperm(200, generator=generator)]
+                for batch in rows.split(32):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(X[batch]), y[batch]).backward()
+                    optimizer.step()
+        theirs.append(float((model.eval()(X[rest]).argmax(1) == y[rest]).double().mean()))
+    found = torch.tensor([score.metric[-1] for score in ours.scores.values()])
+    wanted = torch.tensor(theirs)
+    noise = math.sqrt(float(found.var() + wanted.var()) / 5)
+    assert abs(float(found.mean() - wanted.mean())) < 3 * noise + 0.01
+    assert float(found.mean()) > 0.5
