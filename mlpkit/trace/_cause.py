@@ -14,6 +14,7 @@ from mlpkit.trace._records import Finding
 _CASTS = frozenset({"_to_copy", "copy_", "to", "_to_copy_"})
 _NORMALISATIONS = ("layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm")
 _AVERAGES = frozenset({"mean", "var", "std", "var_mean", "std_mean", "nll_loss_forward", "nll_loss2d_forward"})
+_NEVER_ZERO = frozenset({"exp", "exp2", "sigmoid", "_softmax"})
 _MULTIPLYING = ("convolution", "backward", "bmm", "mm", "dropout", "scaled_dot_product", "mul")
 
 
@@ -119,7 +120,12 @@ def _empty(call: OpCall, base: str) -> tuple[str, str] | None:
         return None
     if base.startswith("nll_loss"):
         ignored = named["target"] == named.get("ignore_index", -100)
-        return ("empty_reduction", "mean over 0 targets: every one is ignored") if bool(ignored.all()) else None
+        if bool(ignored.all()):
+            return "empty_reduction", "mean over 0 targets: every one is ignored"
+        weight = named.get("weight")
+        if isinstance(weight, torch.Tensor) and not bool(weight[named["target"][~ignored]].any()):
+            return "zero_over_zero", "the weights of all targets sum to 0"
+        return None
     dims = named.get("dim")
     lengths = [source.shape[dim] for dim in dims] if dims else list(source.shape)
     count = math.prod(lengths)
@@ -142,11 +148,20 @@ def rounded_to_zero(call: OpCall, tensor: torch.Tensor, which: int) -> Finding |
         return None
     zeros, wide = (tensor.detach() == 0).reshape(-1), results[which]
     lost = zeros & (wide.reshape(-1) != 0) & torch.isfinite(wide.reshape(-1))
+    source = _shadow.arguments(call).get("self")
+    if (
+        _shadow.base_name(call.name) in _NEVER_ZERO
+        and isinstance(source, torch.Tensor)
+        and source.shape == tensor.shape
+    ):
+        lost = zeros & torch.isfinite(call.before(source)).reshape(-1)  # fp64 may round it to 0 as well
     if not bool(lost.any()):
         return None
     position = int(lost.to(torch.uint8).argmax())
     index = [int(part) for part in torch.unravel_index(torch.tensor(position), tensor.shape)] if tensor.dim() else []
     exact = float(wide.reshape(-1)[position])
     dtype = str(tensor.dtype).removeprefix("torch.")
-    text = f"exact result {short(exact)} was rounded to 0"
-    return Finding("underflow", "0", text, index, exact=exact, limit=limit(dtype), shape=list(tensor.shape))
+    text, cause = f"exact result {short(exact)} was rounded to 0", "underflow"
+    if any(name in call.name for name in _NORMALISATIONS):
+        text, cause = f"gave 0 for {short(exact)}: the variance passed {short(limit(dtype))}", "overflow"
+    return Finding(cause, "0", text, index, exact=exact, limit=limit(dtype), shape=list(tensor.shape))

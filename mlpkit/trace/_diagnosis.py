@@ -125,7 +125,7 @@ def _sentence(incident: Incident) -> str:
     where = f"{place.phase} of `{place.module}`" if place.module else place.phase
     location = f" ({place.location})" if place.location else ""
     begin = f"Step {place.step}, {where}{location}: "
-    if finding.cause == "external":
+    if finding.cause == "external" and not incident.still:
         what = f"{root.op} in {root.dtype} {finding.text}" if not root.subject else f"{root.op} {finding.text}"
         text = f"{begin}{what} ({cause})"
     elif incident.root is not None and root.underflow is not None:
@@ -136,6 +136,8 @@ def _sentence(incident: Incident) -> str:
         )
     else:
         text = f"{begin}{root.op} in {root.dtype} gave {finding.value}; {_explained(incident)}"
+    if incident.still:
+        text += f"; {incident.still}"
     return text + _ending(incident)
 
 

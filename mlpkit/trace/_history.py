@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from mlpkit.trace._numbers import short
 from mlpkit.trace._records import Link, OpRecord
@@ -77,9 +77,10 @@ class History:
 
     def explosion(self, record: OpRecord) -> Explosion | None:
         """The growth, over updates or over layers, that led to this overflow."""
-        return self._over_updates(record) or _over_layers(record)
+        return self.leap() or _over_layers(record)
 
-    def _over_updates(self, record: OpRecord) -> Explosion | None:
+    def leap(self) -> Explosion | None:
+        """The first update that threw a parameter far out."""
         normal = max((series[0][1] for series in self.parameters.values()), default=0.0)
         leaps = [leap for name, series in self.parameters.items() if (leap := _first_leap(name, series, normal))]
         if not leaps:
@@ -107,14 +108,15 @@ def _over_layers(record: OpRecord) -> Explosion | None:
     path = [record]
     while len(path) < 512 and path[-1].parents:
         path.append(max(path[-1].parents, key=lambda parent: (parent.op not in ("param", "input"), parent.absmax)))
-    products = [step for step in path if any(name in step.op for name in _PRODUCTS)]
+    same = takewhile(lambda step: step.place.phase == record.place.phase, path)
+    products = [step for step in same if any(name in step.op for name in _PRODUCTS)]
     growing = 1  # the overflowing product itself
     while growing < len(products) and (
         growing == 1 or 0 < 2 * products[growing].absmax <= products[growing - 1].absmax
     ):
         growing += 1
     first = products[growing - 1] if products else record
-    if growing < _LAYERS or first.place.phase != record.place.phase:
+    if growing < _LAYERS:
         return None
     reached = products[1].absmax
     if reached < _GROWTH * first.absmax:

@@ -18,6 +18,7 @@ from mlpkit.trace._intercept import OpCall
 from mlpkit.trace._ledger import Ledger
 from mlpkit.trace._records import Finding, Incident, OpRecord, Place, Scan
 from mlpkit.trace._scan import scan, scan_all
+from mlpkit.trace._silent import Silence
 from mlpkit.trace._sinks import Sinks
 from mlpkit.trace._where import Surroundings
 
@@ -45,7 +46,9 @@ class Observer:
         self.ledger = Ledger()
         self.history = History()
         self.sinks = Sinks(self.ledger, self.history)
+        self.silence = Silence(self.ledger, self.history, self.sinks)
         self.operations = 0
+        self._roots = _roots.Roots()
         self._records: deque[OpRecord] = deque()
         self._step_began = 0
         self._place: Place | None = None
@@ -143,8 +146,8 @@ class Observer:
             record.multiplied = _number(call.args[0])
         if any(found.bad for found in scans):
             self._judge(call, record, written, scans)
-        elif place.phase != "backward":
-            record.underflow = _roots.underflow(call, record, written, scans, self._parents)
+        else:
+            self._roots.look(call, record, written, scans)
         self.history.operation(record)
         for tensor, found in zip(written, scans):
             self._write(call, tensor, record, found)
@@ -159,6 +162,7 @@ class Observer:
         record = OpRecord(self.operations, op, str(tensor.dtype).removeprefix("torch."), place, parents)
         record.zero = sum(found.zero for found in scans)
         record.absmax = max(found.absmax for found in scans)
+        record.nothing = scans[0].zero > 0 and scans[0].absmax == 0 and not scans[0].bad
         record.derived = op == "param" or (op not in ("input", "empty") and _is_derived(place, parents))
         record.value = next((_word(found) for found in scans if found.bad), "")
         self._records.append(record)
@@ -168,6 +172,8 @@ class Observer:
 
     def _judge(self, call: OpCall, record: OpRecord, written: list[torch.Tensor], scans: list[Scan]) -> None:
         """Birth, change (Inf to NaN) or mere passing on of a bad value."""
+        if not self._bad:
+            self._meet_again(call)
         real = [bad for bad in self._bad if bad.incident and not bad.incident.intended]
         meant = [bad for bad in self._bad if bad.incident and bad.incident.intended]
         nan_in = any(bad.scan.nan for bad in self._bad)
@@ -191,6 +197,22 @@ class Observer:
         record.finding = finding
         if not real:
             self._begin(record, finding, self._step_size(call, which))
+
+    def _meet_again(self, call: OpCall) -> None:
+        """Inputs that went bad since they were last written: by NumPy, another library or another thread."""
+        for tensor in call.reads:
+            if not call.traits.keeps_old and any(tensor is written for written in call.mutated):
+                continue
+            found = scan(call.before(tensor))
+            if found.bad and self._place is not None:
+                cell = self.ledger.cell(tensor)
+                op, module = ("param", cell.name.rpartition(".")[0]) if cell.kind else ("input", "")
+                origin = Place(self._place.step, "source", module, self._place.file, self._place.line, "")
+                record = self._record(op, tensor, origin, (), found)
+                record.subject = cell.name
+                cell.record, cell.bad = record, True
+                self._external(call.before(tensor), record, found)
+                self._bad.append(_Bad(record, found))
 
     def _step_size(self, call: OpCall, which: int) -> float:
         """The largest number passed to an operation that updates a parameter, such as the learning rate; else 0."""
@@ -224,12 +246,19 @@ class Observer:
             if id(tensor) in call.old and not self.history.knows(cell.name):
                 self.history.start(cell.name, scan(call.old[id(tensor)]).absmax)
             self.history.parameter(cell.name, record, found.absmax)
+            if not self.where.in_optimizer and id(tensor) in call.old:
+                self.silence.wrote(call, tensor, record)
         if found.bad:
             self.sinks.reach(record, cell.kind, cell.name, record.place)
 
     def _unscaled(self, inverse: float) -> None:
         incidents = [bad.incident for bad in self._bad if bad.incident is not None]
         self.sinks.unscaled(incidents, 1.0 / inverse if inverse else math.inf)
+
+    def backward_done(self) -> None:
+        """A backward pass is over."""
+        self.sinks.backward_done()
+        self.silence.gradients(self.where.step)
 
     def retire(self) -> None:
         """A step ended: records older than the previous step let go of each other."""

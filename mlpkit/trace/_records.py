@@ -62,6 +62,7 @@ class OpRecord:
     place: Place
     parents: tuple[OpRecord, ...] = ()
     zero: int = 0
+    nothing: bool = False  # the (first) result holds zeros only
     absmax: float = 0.0
     multiplied: float | None = None  # magnitude of the number that a loss scale multiplied
     value: str = ""  # "", "NaN", "Inf" or "-Inf": the worst that the result holds
@@ -72,6 +73,7 @@ class OpRecord:
     bad_parent: OpRecord | None = None
     finding: Finding | None = None
     underflow: Finding | None = None
+    flat: bool = False  # a gradient of zeros because the activation is flat there, everywhere
 
     def forget(self) -> None:
         """Let go of older records; names and numbers stay."""
@@ -96,7 +98,7 @@ class Link:
 class Sink:
     """A place where a non-finite value mattered."""
 
-    kind: str  # "loss", "parameter", "buffer", "optimizer state", "gradient" or "returned value"
+    kind: str  # "loss", "parameter", "buffer", "optimizer state", "gradient", "returned value" or "standstill"
     name: str
     place: Place
     op: str
@@ -121,6 +123,7 @@ class Incident:
     saved: int = 0
     repeats: int = 1
     listed: bool = False
+    still: str = ""  # which parameters it keeps from learning, where no NaN tells
 
     @property
     def live(self) -> bool:

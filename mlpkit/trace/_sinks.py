@@ -14,9 +14,12 @@ from mlpkit.trace._history import History
 from mlpkit.trace._intercept import is_plain
 from mlpkit.trace._ledger import Cell, Ledger
 from mlpkit.trace._numbers import limit
-from mlpkit.trace._records import Incident, OpRecord, Place, Sink
+from mlpkit.trace._records import Incident, Link, OpRecord, Place, Sink
 from mlpkit.trace._scan import scan
 
+# What can put a bad value into a tensor that the program then knows by name.
+_COPIES = frozenset({"copy_", "clone", "_to_copy", "index_put_", "_index_put_impl_", "fill_", "masked_fill_", "full"})
+_WRITERS = _COPIES | {"input", "scalar_tensor", "full_like", "masked_fill"}
 _MOST_SINKS = 64
 _FEW = 256
 
@@ -56,6 +59,25 @@ class Sinks:
         known = any((sink.kind, sink.name) == (kind, name) for sink in incident.sinks)
         if not known and len(incident.sinks) < _MOST_SINKS:
             incident.sinks.append(Sink(kind, name, place, record.op))
+
+    def known(self, tensor: torch.Tensor) -> None:
+        """A tensor got its name: a bad value that was merely copied into it is the tensor's own."""
+        cell = self._bad_cell(tensor)
+        if cell is None or cell.record is None or cell.record.incident is None:
+            return
+        incident, name = cell.record.incident, cell.name
+        born = incident.record
+        if born.op not in _WRITERS or not _only_copied(cell.record, incident) or born.subject == name:
+            return
+        if incident.finding.cause not in ("external", "hyperparameter"):
+            return  # a copy that went wrong itself
+        if incident.intended and cell.kind == "buffer":
+            return  # a mask
+        born.op, born.subject = "param", name
+        born.place = born.place._replace(phase="source", module=name.rpartition(".")[0])
+        incident.finding.cause, incident.intended = "external", False
+        incident.finding.text = f"`{name}` was given {incident.finding.value}"
+        self.add(incident)
 
     def reach_if_bad(self, tensor: torch.Tensor, kind: str, name: str = "") -> None:
         """As ``reach``, for a tensor that may be bad."""
@@ -142,6 +164,7 @@ class Sinks:
     def finish(self, scaling: bool) -> None:
         """The program is over: what it still holds counts too. scaling: a gradient scaler was seen."""
         self.step_ended(-1)
+        self._promote()
         for weak, record, name in self._gradients:
             parameter = weak()
             gradient = None if parameter is None else parameter.grad
@@ -157,9 +180,40 @@ class Sinks:
             if not record.consumed:
                 self.reach(record, "returned value", "", record.place)
 
+    def _promote(self) -> None:
+        """A run that blew up did so at its first overflow, even if a later operation hid that one."""
+        for root in ("hyperparameter", "explosion"):
+            same = [
+                one for one in self.incidents if one.root_cause == root and not one.intended and not one.calibration
+            ]
+            same.sort(key=lambda one: one.record.index)
+            live = next((one for one in same if one.live), None)
+            if live is not None and same[0] is not live:
+                first = same[0]
+                first.sinks, first.history = live.sinks, first.history or live.history
+                grown = [link for link in live.links if link.stage == "explosion"]
+                first.links = [*grown, _birth_of(first), *[link for link in live.links if link not in grown]]
+
     def _bad_cell(self, tensor: torch.Tensor) -> Cell | None:
         cell = self._ledger.find(tensor)
         return cell if cell is not None and cell.bad and scan(tensor).bad else None
+
+
+def _birth_of(incident: Incident) -> Link:
+    record, finding = incident.record, incident.finding
+    place = record.place
+    return Link(place.step, place.phase, record.op, place.module, "saturation", finding.cause, finding.text)
+
+
+def _only_copied(record: OpRecord, incident: Incident) -> bool:
+    """From its birth to this record the value went through copies alone."""
+    while record is not incident.record:
+        if record.op not in _COPIES:
+            return False
+        if record.bad_parent is None:
+            return True  # older than the tracer remembers
+        record = record.bad_parent
+    return True
 
 
 def _blame_constant(record: OpRecord, incident: Incident) -> None:

@@ -46,13 +46,13 @@ class Tracer:
         self._unsubscribe: Any = None
         self.raised: str | None = None  # the exception that ended the block, by name
         self._stepped = False
-        self._known_states = -1
+        self._known_states = (0, -1)
         where = self._where
         where.on_root = self._know_module
         where.on_output = self._check_output
         where.on_optimizer = self._know_optimizer
         where.on_backward = lambda roots: self._observer.sinks.backward_from(roots, where.step)
-        where.on_backward_done = self._observer.sinks.backward_done
+        where.on_backward_done = self._observer.backward_done
         where.on_step = self._observer.retire
         where.name_of = self._name_of
         if model is not None:
@@ -77,6 +77,7 @@ class Tracer:
         self._where.close()
         self._unsubscribe()
         with torch.no_grad():
+            self._observer.silence.finish()
             self._observer.sinks.finish(self._where.scaling)
 
     def next_step(self) -> None:
@@ -140,24 +141,32 @@ class Tracer:
         ledger = self._observer.ledger
         for name, parameter in root.named_parameters():
             ledger.name(parameter, "parameter", name)
+            self._observer.sinks.known(parameter)
         for name, buffer in root.named_buffers():
             ledger.name(buffer, "buffer", name)
+            self._observer.sinks.known(buffer)
 
     def _know_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         ledger = self._observer.ledger
         states: Mapping[Any, Any] = optimizer.state
         rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         self._observer.history.learning_rate = max(rates, default=None)
+        if self._where.in_optimizer:
+            self._observer.silence.updating(optimizer)
+        else:
+            self._observer.silence.updated(self._where.step)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 ledger.name(parameter, "parameter", "")
-        if sum(len(state) for state in states.values()) == self._known_states:
+        known = id(states), sum(len(state) for state in states.values())
+        if known == self._known_states:
             return
-        self._known_states = sum(len(state) for state in states.values())
+        self._known_states = known
         for parameter, state in states.items():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
                     ledger.name(value, "optimizer state", f"{key} of {self._name_of(parameter)}")
+                    self._observer.sinks.known(value)
                     self._observer.sinks.reach_if_bad(value, "optimizer state")
 
     def _name_of(self, tensor: torch.Tensor) -> str:

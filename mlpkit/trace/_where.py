@@ -107,6 +107,11 @@ class Surroundings:
         self._older_sequence, self._sequence = self._sequence, {}
         self.on_step()
 
+    @property
+    def in_optimizer(self) -> bool:
+        """Inside an optimizer's ``step()``."""
+        return self._in_optimizer
+
     def place(self, call: OpCall, parents: tuple[OpRecord, ...]) -> Place:
         """Where ``call`` runs, given the records that made its inputs."""
         file, line, updating = self._user_frame(call.builds_graph)
@@ -234,8 +239,10 @@ def _comes_from_outside(record: OpRecord) -> bool:
 
 def _is_conversion(call: OpCall, parents: tuple[OpRecord, ...]) -> bool:
     """A cast of data or of a parameter, outside any forward."""
-    if call.name not in ("_to_copy", "copy_") or call.builds_graph or not parents:
+    if call.name not in ("_to_copy", "copy_") or call.builds_graph:
         return False
+    if not parents:  # integers
+        return call.name == "_to_copy"
     return all(not record.derived or record.subject for record in parents)
 
 

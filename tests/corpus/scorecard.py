@@ -1,0 +1,126 @@
+"""How many answers are right: the tracer beside anomaly mode, an is-finite mode and a check of the loss."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from corpus.case import Case, Variant, execute
+from corpus.oracle import Birth, Oracle
+
+QUESTIONS = ("verdict", "where", "cause", "module", "line")
+
+
+class Truth(NamedTuple):
+    """Operation, phase and step, with what only a run can tell filled in."""
+
+    op: str
+    phase: str
+    step: int
+
+
+def truth_of(case: Case, variant: Variant) -> Truth:
+    """The truth of one variant."""
+    if case.op and case.step is not None:
+        return Truth(case.op, case.phase, case.step)
+    with Oracle() as oracle:
+        execute(case, variant)
+    first = next(birth for birth in oracle.births if birth.phase == case.phase)
+    return Truth(case.op or first.op, case.phase, first.step if case.step is None else case.step)
+
+
+def judge(case: Case, variant: Variant, found: dict[str, Any], truth: Truth) -> dict[str, bool]:
+    """Which parts of a diagnosis are right."""
+    location = found["location"] or ""
+    return {
+        "verdict": found["verdict"] == "failure",
+        "where": (found["op"], found["phase"], found["step"]) == truth,
+        "cause": found["cause"] == case.cause,
+        "module": case.module(variant) in ("*", found["module"]),
+        "line": case.line is None or location.endswith(f":{case.line}"),
+    }
+
+
+def by_tracer(run: Callable[[], Any]) -> dict[str, Any]:
+    """The diagnosis of a run."""
+    from mlpkit.trace import Tracer
+
+    with Tracer() as tracer:
+        run()
+    return tracer.diagnosis.to_dict()
+
+
+def by_anomaly_mode(run: Callable[[], Any]) -> Birth | None:
+    """What ``detect_anomaly`` says: the backward node that returned NaN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.autograd.detect_anomaly():
+                run()
+        except RuntimeError as error:
+            node = re.search(r"Function '(\w+?)(Backward\d*)?' returned nan", str(error))
+            return Birth(node.group(1).lower() if node else "", "backward", -1)
+    return None
+
+
+def by_finite_mode(run: Callable[[], Any]) -> Birth | None:
+    """What asking every result for NaN and Inf says: the first operation."""
+    with Oracle() as oracle:
+        run()
+    return oracle.births[0] if oracle.births else None
+
+
+def plain(name: str) -> str:
+    """An operation's name as a backward node spells it."""
+    return name.strip("_").replace("_", "").removeprefix("native").removeprefix("foreach")
+
+
+def score(cases: list[tuple[Case, Variant]], quiet: list[Callable[[], Any]]) -> dict[str, dict[str, int]]:
+    """The table: one row of counts for each tool."""
+    table = {name: Counter[str]() for name in ("mlpkit", "anomaly mode", "is-finite mode")}
+    for case, variant in cases:
+        truth = truth_of(case, variant)
+        run = lambda case=case, variant=variant: execute(case, variant)  # noqa: E731
+        verdict = judge(case, variant, by_tracer(run), truth)
+        right = {
+            "mlpkit": (verdict["verdict"], verdict["where"], verdict["cause"]),
+            "anomaly mode": _answer(by_anomaly_mode(run), truth, step=False),
+            "is-finite mode": _answer(by_finite_mode(run), truth, step=True),
+        }
+        for name, (fired, where, cause) in right.items():
+            row = table[name]
+            row.update(failures=1, fired=fired, where=fired and where, cause=fired and cause)
+            if case.root:
+                row.update(roots=1, root=fired and cause)
+            if case.silent:
+                row.update(silent=1, explained=fired and cause, seen=fired)
+    for run in quiet:
+        table["mlpkit"].update(healthy=1, alarms=by_tracer(run)["verdict"] != "healthy")
+        table["anomaly mode"].update(healthy=1, alarms=by_anomaly_mode(run) is not None)
+        table["is-finite mode"].update(healthy=1, alarms=by_finite_mode(run) is not None)
+    return {name: dict(row) for name, row in table.items()}
+
+
+def _answer(birth: Birth | None, truth: Truth, *, step: bool) -> tuple[bool, bool, bool]:
+    """Neither rival names a cause; anomaly mode knows no step."""
+    if birth is None:
+        return False, False, False
+    same = plain(birth.op) == plain(truth.op)
+    return True, same and (not step or birth.step == truth.step), False
+
+
+def lines(table: dict[str, dict[str, int]]) -> list[str]:
+    """The table as text."""
+    heads = ("fired", "where", "cause", "root", "explained", "alarms")
+    found = [f"{'':16}" + "".join(f"{head:>12}" for head in heads)]
+    for name, row in table.items():
+        of = {"fired": "failures", "where": "failures", "cause": "failures", "root": "roots"}
+        of |= {"explained": "silent", "alarms": "healthy"}
+        cells = "".join(f"{row.get(h, 0):>7}/{row.get(of[h], 0):<4}" for h in heads)
+        found.append(f"{name:16}{cells}")
+    return found
