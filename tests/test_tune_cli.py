@@ -50,7 +50,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(trainer, "_MIN_STEPS", 1)
 
 
-TUNE = ("tune", "t.csv", "--target", "label", "--seed", "0", "--cv", "2")
+TUNE = ("tune", "t.csv", "--target", "label", "--seed", "0", "--cv", "2", "--strategy", "constructive")
 
 
 def test_tune_prints_progress_on_stderr_and_the_verdict_on_stdout(mlpkit, quick, tmp_path):
@@ -69,7 +69,8 @@ def test_command_line_is_recorded(mlpkit, quick, tmp_path):
     mlpkit(*TUNE, "--out", "one two", "--quiet")
     report = json.loads((tmp_path / "one two" / "report.json").read_text())
     assert (
-        report["environment"]["command"] == "mlpkit tune t.csv --target label --seed 0 --cv 2 --out 'one two' --quiet"
+        report["environment"]["command"]
+        == "mlpkit tune t.csv --target label --seed 0 --cv 2 --strategy constructive --out 'one two' --quiet"
     )
     assert "--seed 0" in (tmp_path / "one two" / "report.html").read_text()
 

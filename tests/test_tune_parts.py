@@ -16,6 +16,8 @@ from mlpkit.tune.encoder import MAX_LEVELS, Encoder
 from mlpkit.tune.folds import make_folds
 from mlpkit.tune.ladder import Trial, climb
 from mlpkit.tune.problem import encode_fold, read_problem
+from mlpkit.tune.space import Space
+from mlpkit.tune.strategies import shape_params
 from mlpkit.tune.study import to_study
 from mlpkit.tune.table import Column, clean
 from mlpkit.tune.trainer import FoldData, Outcome, Spec, Split
@@ -294,11 +296,13 @@ def test_budget_verdict_lists_what_was_left_out():
 
 def test_study_holds_every_candidate_with_its_fold_scores():
     result = climb_with({(): LOW, (16,): HIGH, (16, 8): LOW})
-    study = to_study(result, "accuracy", seed=4)
+    for item in result.trials:
+        item.params = shape_params(item.hidden)
+    study = to_study(result, "accuracy", 4, Space())
     assert [item.params for item in study.trials] == [
         {"layers": 0},
         {"layers": 1, "width": 16},
-        {"layers": 2, "width": 16, "taper": 2},
+        {"layers": 2, "width": 16, "shape": "tapered", "expand": False},
     ]
     assert study.best_params == {"layers": 1, "width": 16}
     assert list(study.best_trial.intermediate_values.values()) == HIGH

@@ -89,6 +89,6 @@ def predict(run: Path, table: Path, out: Path | None) -> None:
 
 def _summary(run: Run, directory: Path) -> str:
     lines = ["", *(verdict.text for verdict in run.verdicts), ""]
-    cost = f"{run.seconds:.1f} s of a budget of {run.settings['budget']:g} s"
+    cost = f"{run.seconds:.1f} s of a budget of {run.settings['budget']}"
     lines += [f"{len(run.trials)} candidates, {run.settings['cv']} folds, seed {run.settings['seed']}; {cost}"]
     return "\n".join([*lines, f"report: {directory / 'report.html'}", f"model:  {directory / 'model.safetensors'}"])

@@ -15,18 +15,23 @@ from mlpkit.tune.table import Column
 Columns = Mapping[str, npt.NDArray[Any]]
 
 MAX_LEVELS = 30
+_CLIP = 3.0
 _LIMIT = 1e6  # Standardised inputs are cut here: far beyond any sense, well inside float32 products.
 
 
 @dataclass(frozen=True)
 class NumericCode:
-    """value -> (value or median - mean) / scale, and a 0/1 indicator if training rows had gaps."""
+    """value -> (value or median - mean) / scale, and a 0/1 indicator if training rows had gaps.
+
+    clip: 0, or c of the smooth clip x / sqrt(1 + (x / c)^2) that follows (Holzmueller et al., 2024).
+    """
 
     name: str
     median: float
     mean: float
     scale: float
     indicator: bool
+    clip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,19 @@ class Encoder:
     codes: tuple[NumericCode | CategoryCode, ...]
 
     @classmethod
-    def fit(cls, data: Columns, columns: Sequence[Column], rows: npt.NDArray[np.int64]) -> Encoder:
-        """Learn medians, means, scales and levels from ``rows`` alone."""
+    def fit(
+        cls, data: Columns, columns: Sequence[Column], rows: npt.NDArray[np.int64], scaling: str = "standard"
+    ) -> Encoder:
+        """Learn medians, means, scales and levels from ``rows`` alone.
+
+        scaling: "standard", or "robust" for median, half the distance of the quartiles and a smooth clip at 3.
+        """
         codes: list[NumericCode | CategoryCode] = []
         for column in columns:
             values = data[column.name][rows]
             numeric = column.kind == "numeric"
-            codes.append(_fit_numeric(column.name, values) if numeric else _fit_category(column.name, values))
+            fit = _fit_robust if scaling == "robust" else _fit_numeric
+            codes.append(fit(column.name, values) if numeric else _fit_category(column.name, values))
         return cls(tuple(codes))
 
     def transform(self, data: Columns) -> npt.NDArray[np.float32]:
@@ -62,7 +73,8 @@ class Encoder:
                 missing = np.isnan(values)
                 filled = np.where(missing, code.median, values)
                 with np.errstate(over="ignore"):  # An overflow is cut like any other far value.
-                    parts.append(np.clip((filled - code.mean) / code.scale, -_LIMIT, _LIMIT))
+                    scaled = np.clip((filled - code.mean) / code.scale, -_LIMIT, _LIMIT)
+                parts.append(scaled / np.sqrt(1.0 + (scaled / code.clip) ** 2) if code.clip else scaled)
                 if code.indicator:
                     parts.append(missing)
             else:
@@ -93,7 +105,7 @@ class Encoder:
         codes: list[NumericCode | CategoryCode] = []
         for item in items:
             if item["kind"] == "numeric":
-                codes.append(NumericCode(**{key: item[key] for key in NumericCode.__dataclass_fields__}))
+                codes.append(NumericCode(**{key: item[key] for key in NumericCode.__dataclass_fields__ if key in item}))
             else:
                 codes.append(CategoryCode(item["name"], tuple(item["levels"])))
         return cls(tuple(codes))
@@ -110,6 +122,14 @@ def _fit_numeric(name: str, values: npt.NDArray[np.float64]) -> NumericCode:
     largest = float(np.max(np.abs(spread)))
     scale = largest * float(np.sqrt(np.mean((spread / largest) ** 2))) if largest > 0.0 else 1.0
     return NumericCode(name, median, mean, scale if scale > 0.0 else 1.0, bool(missing.any()))
+
+
+def _fit_robust(name: str, values: npt.NDArray[np.float64]) -> NumericCode:
+    plain = _fit_numeric(name, values)
+    filled = np.where(np.isnan(values), plain.median, values)
+    low, high = np.quantile(filled, [0.25, 0.75]) / 2.0  # Halved first: the distance of 1e308 and -1e308 is infinite.
+    scale = float(high - low) or plain.scale  # Where half the values are equal, the spread of the others.
+    return NumericCode(name, plain.median, plain.median, scale, plain.indicator, _CLIP)
 
 
 def _fit_category(name: str, values: npt.NDArray[Any]) -> CategoryCode:

@@ -22,16 +22,65 @@ class Fold:
     test: Rows
 
 
-def make_folds(target: npt.NDArray[Any], folds: int, seed: int, *, stratify: bool) -> list[Fold]:
-    """Deal the rows into ``folds`` test parts (class by class if ``stratify``), and part of the rest to validation."""
+def make_folds(
+    target: npt.NDArray[Any], folds: int, seed: int, *, stratify: bool, groups: npt.NDArray[Any] | None = None,
+    order: npt.NDArray[Any] | None = None,
+) -> list[Fold]:  # fmt: skip
+    """Deal the rows into ``folds`` test parts (class by class if ``stratify``), and part of the rest to validation.
+
+    groups: rows of one group stay together in every part. order: a time of each row; the test part of fold f is then a
+    later block than all rows it learns from, and validation the last of those; the first block is never tested.
+    """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
-    part = _deal(target, folds, rng, stratify)
+    if order is not None:
+        return _time_folds(order, folds)
+    part = _deal(target, folds, rng, stratify) if groups is None else _deal_groups(groups, folds, rng)
     result = []
     for number in range(folds):
         rest = np.flatnonzero(part != number)
-        train, validation = split(target, rest, rng, stratify=stratify)
+        if groups is None:
+            train, validation = split(target, rest, rng, stratify=stratify)
+        else:
+            train, validation = _split_groups(groups, rest, rng)
         result.append(Fold(train, validation, np.flatnonzero(part == number)))
     return result
+
+
+def _time_folds(order: npt.NDArray[Any], folds: int) -> list[Fold]:
+    rows = np.argsort(order, kind="stable")
+    blocks = np.array_split(rows, folds + 1)
+    result = []
+    for number in range(folds):
+        past = np.concatenate(blocks[: number + 1])
+        cut = len(past) - max(1, round(VALIDATION_SHARE * len(past)))
+        result.append(Fold(np.sort(past[:cut]), np.sort(past[cut:]), np.sort(blocks[number + 1])))
+    return result
+
+
+def _deal_groups(groups: npt.NDArray[Any], folds: int, rng: np.random.Generator) -> Rows:
+    """Each group to the part with the fewest rows so far, the large groups first."""
+    _, number, size = np.unique(groups, return_inverse=True, return_counts=True)
+    order = rng.permutation(len(size))
+    order = order[np.argsort(-size[order], kind="stable")]
+    filled = np.zeros(folds, dtype=np.int64)
+    part_of_group = np.empty(len(size), dtype=np.int64)
+    for group in order:
+        part_of_group[group] = np.argmin(filled)
+        filled[part_of_group[group]] += size[group]
+    part: Rows = part_of_group[number]
+    return part
+
+
+def _split_groups(groups: npt.NDArray[Any], rows: Rows, rng: np.random.Generator) -> tuple[Rows, Rows]:
+    names = rng.permutation(np.unique(groups[rows]))
+    wanted, chosen, count = VALIDATION_SHARE * len(rows), [], 0
+    for name in names[:-1]:  # One group at least is left to learn from.
+        if count >= wanted:
+            break
+        chosen.append(name)
+        count += int((groups[rows] == name).sum())
+    held = np.isin(groups[rows], chosen)
+    return rows[~held], rows[held]
 
 
 def split(target: npt.NDArray[Any], rows: Rows, rng: np.random.Generator, *, stratify: bool) -> tuple[Rows, Rows]:

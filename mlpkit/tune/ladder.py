@@ -1,45 +1,65 @@
-"""The ladder: no hidden layer, one, two. A deeper rung wins only if it beats the rung below by more than one SE."""
+"""The ladder: no hidden layer, one, two, ... Each layer has to gain more than one SE."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mlpkit.tune import stats
 from mlpkit.tune.trainer import Outcome
 
 Hidden = tuple[int, ...]
-State = Literal["complete", "diverged", "out of time"]
+State = Literal["complete", "diverged", "out of time", "pruned"]
 
 WIDTHS = (16, 32, 64, 128)
 TAPERS = (2, 4)
+_AGAIN = 0.5
 
 
 @dataclass
 class Trial:
-    """One candidate with its outcome on every fold. ``parameters``: weights and biases of the network."""
+    """One candidate with its outcome on every fold. ``parameters``: weights and biases of the network.
+
+    params: what the search chose, by name. stage: which part of the strategy proposed it. reason: why it stopped.
+    repeats: outcomes on other folds with other seeds, for finalists. number: counts the candidates of a search.
+    """
 
     hidden: Hidden
     parameters: int
     outcomes: list[Outcome]
     state: State
+    params: dict[str, Any] = field(default_factory=dict)
+    stage: str = ""
+    reason: str = ""
+    repeats: list[Outcome] = field(default_factory=list)
+    number: int = 0
 
     @property
     def name(self) -> str:
-        """Short name: "linear", "64", "64-32"."""
-        return "-".join(map(str, self.hidden)) or "linear"
+        """Short name: "linear", "64", "64-32", "128 (dropout 0.5)"; then what else was chosen."""
+        name = "-".join(map(str, self.hidden)) or "linear"
+        others = [
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in self.params.items()
+            if key not in ("layers", "width", "shape", "expand")
+        ]
+        if len(others) > 2:
+            return f"{name} #{self.number}"
+        return f"{name} ({', '.join(others)})" if others else name
 
     @property
     def words(self) -> str:
-        """The same in words."""
-        return in_words(self.hidden)
+        """The network in words."""
+        words = in_words(self.hidden)
+        rate = self.params.get("dropout")
+        return f"{words} (dropout {rate:.2g})" if rate else words
 
     @property
     def scores(self) -> list[float]:
-        """Test scores by fold."""
-        return [outcome.score for outcome in self.outcomes]
+        """Test scores by fold, those of repeats at the end."""
+        return [outcome.score for outcome in (*self.outcomes, *self.repeats)]
 
     @property
     def mean(self) -> float:
@@ -59,7 +79,7 @@ class Trial:
     @property
     def seconds(self) -> float:
         """Wall time of its folds."""
-        return sum(outcome.seconds for outcome in self.outcomes)
+        return sum(outcome.seconds for outcome in (*self.outcomes, *self.repeats))
 
 
 @dataclass
@@ -89,24 +109,100 @@ def in_words(hidden: Hidden) -> str:
         return "no hidden layer"
     if len(hidden) == 1:
         return f"one hidden layer of {hidden[0]}"
-    return f"two hidden layers of {hidden[0]} and {hidden[1]}"
+    count = {2: "two", 3: "three"}.get(len(hidden), str(len(hidden)))
+    return f"{count} hidden layers of {', '.join(map(str, hidden[:-1]))} and {hidden[-1]}"
 
 
-def climb(run: Callable[[Hidden], Trial | None]) -> Climb:
-    """Try every rung from below. ``run`` trains one candidate on all folds; None means the clock forbids it."""
+def climb(
+    run: Callable[[Hidden], Trial | None],
+    *,
+    ahead: Callable[[Sequence[Hidden]], None] | None = None,
+    drop: Callable[[Hidden, float], Trial | None] | None = None,
+    widths: Sequence[int] = WIDTHS,
+    deepest: int = 2,
+) -> Climb:
+    """Try every rung from below. ``run`` trains one candidate on all folds; None means the budget forbids it.
+
+    ahead: told the candidates of a rung before they are asked for, so that they can be trained at once. drop: trains
+    layers with a rate of dropout; asked for twice the width, 0.5 and then 0.1, where the best of a rung overfits.
+    """
     result = Climb()
-    pivot = None
-    for rung in (0, 1, 2):
-        candidates: Sequence[Hidden] = [()] if rung == 0 else [(width,) for width in WIDTHS]
-        if rung == 2:
-            pivot = result.best[1].hidden[0] if 1 in result.best else None
-            candidates = [(pivot, pivot // taper) for taper in TAPERS] if pivot else []
+    for rung in range(deepest + 1):
+        if rung == 0:
+            candidates: Sequence[Hidden] = [()]
+        elif rung == 1:
+            candidates = [(width,) for width in widths]
+        else:
+            below = result.best[rung - 1].hidden if rung - 1 in result.best else ()
+            # A second layer is half or a quarter of the first, a further one of the layer before it.
+            candidates = [(*below, below[-1] // taper) for taper in TAPERS if below and below[-1] // taper > 0]
+        if ahead is not None and rung:
+            ahead(candidates)
         _try_rung(result, rung, candidates, run)
-        if rung and rung in result.best:
-            result.steps[rung] = stats.compare(result.best[rung].scores, result.winner.scores)
-            if result.steps[rung].earned:
-                result.winner_rung = rung
+        if drop is not None and rung and rung in result.best and overfits(result.best[rung]):
+            wider = tuple(2 * width for width in result.best[rung].hidden)
+            for rate in (0.5, 0.1):
+                _try_rung(result, rung, [wider], lambda hidden, rate=rate: drop(hidden, rate))  # type: ignore[misc]
+        _settle(result, rung)
     return result
+
+
+def from_trials(trials: Sequence[Trial], untried: Sequence[Hidden] = ()) -> Climb:
+    """The ladder that any set of trials amounts to: the best of each depth, and which depth earned its place."""
+    result = Climb(trials=list(trials), untried=list(untried))
+    for trial in trials:
+        rung = len(trial.hidden)
+        if trial.state == "complete" and (rung not in result.best or _key(trial) > _key(result.best[rung])):
+            result.best[rung] = trial
+    for rung in sorted(result.best):
+        _settle(result, rung)
+    return result
+
+
+def overfits(trial: Trial) -> bool:
+    """True if the validation loss rises again after its best epoch by more than 2 SE over the folds."""
+    return rise_after_best(trial) > 2.0
+
+
+def rise_after_best(trial: Trial) -> float:
+    """By how many SE over the folds the validation loss ends above its minimum."""
+    rises = [
+        outcome.validation_loss[-1] - outcome.validation_loss[outcome.best_epoch]
+        for outcome in trial.outcomes
+        if outcome.validation_loss
+    ]
+    if len(rises) < 2:
+        return 0.0
+    se = stats.standard_error(rises)
+    return stats.mean(rises) / se if se > 0.0 else 0.0
+
+
+def rung_scores(climb: Climb, rung: int) -> list[float]:
+    """Fold scores of a rung without the luck of its best.
+
+    In each fold, who is best on the other folds is scored; then come the repeats of who was best on all of them, for
+    which it was not chosen.
+    """
+    rivals = [trial for trial in climb.trials if len(trial.hidden) == rung and trial.state == "complete"]
+    rivals = [trial for trial in rivals if len(trial.outcomes) == len(rivals[0].outcomes)]
+    tables = [[outcome.score for outcome in trial.outcomes] for trial in rivals]
+    first = max(range(len(rivals)), key=lambda at: stats.mean(tables[at]))
+    return [*stats.cross_selected(tables), *(outcome.score for outcome in rivals[first].repeats)]
+
+
+def _settle(result: Climb, rung: int) -> None:
+    """Compare the rung with the winner so far, from which it takes over if it gains one SE for each layer more."""
+    if rung not in result.best or (rung == 0 and 0 in result.best):
+        return
+    scores, own = rung_scores(result, rung), rung_scores(result, result.winner_rung)
+    folds = len(result.best[rung].outcomes)
+    result.steps[rung] = stats.compare(scores, own, folds)
+    repeated = min(len(scores), len(own)) - folds
+    # Nobody was chosen for the repeats: the gain has to show there too.
+    if repeated > 1 and stats.compare(scores[folds:], own[folds:]).ratio < _AGAIN:
+        return
+    if result.steps[rung].ratio > rung - result.winner_rung:
+        result.winner_rung = rung
 
 
 def _try_rung(result: Climb, rung: int, candidates: Sequence[Hidden], run: Callable[[Hidden], Trial | None]) -> None:
@@ -120,5 +216,6 @@ def _try_rung(result: Climb, rung: int, candidates: Sequence[Hidden], run: Calla
             result.best[rung] = trial
 
 
-def _key(trial: Trial) -> tuple[float, int]:
-    return trial.mean, -trial.parameters  # Among equals the smaller network.
+def _key(trial: Trial) -> tuple[int, float, int]:
+    # A finalist's mean over more folds counts before another's over fewer.
+    return len(trial.scores), trial.mean, -trial.parameters  # Among equals the smaller network.

@@ -18,6 +18,7 @@ from mlpkit.errors import ArgumentError, DataError, ShapeError
 from mlpkit.report._extras import require
 from mlpkit.tune import trainer
 from mlpkit.tune.encoder import Encoder
+from mlpkit.tune.problem import decode_target
 from mlpkit.tune.spec import Spec
 from mlpkit.tune.table import Column, clean, pandas, to_frame
 from mlpkit.tune.target import Label, Task
@@ -44,8 +45,10 @@ class TunedModel:
     hidden: tuple[int, ...]
     activation: str = "relu"
     norm: str | None = None
+    dropout: float | tuple[float, ...] = 0.0
     target_mean: float = 0.0
     target_scale: float = 1.0
+    log_target: bool = False
 
     @property
     def classes_(self) -> npt.NDArray[Any]:
@@ -65,7 +68,7 @@ class TunedModel:
         if self.task == "classification":
             labels: npt.NDArray[Any] = self.classes_[output.argmax(1)]
             return labels
-        return output[:, 0] * self.target_scale + self.target_mean
+        return decode_target(output[:, 0], self.target_mean, self.target_scale, self.log_target)
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """(rows, classes) probabilities that sum to 1; ArgumentError for a regression."""
@@ -98,7 +101,12 @@ class TunedModel:
             "format": _FORMAT,
             "version": _VERSION,
             "task": self.task,
-            "target": {"name": self.target_name, "mean": self.target_mean, "scale": self.target_scale},
+            "target": {
+                "name": self.target_name,
+                "mean": self.target_mean,
+                "scale": self.target_scale,
+                "log": self.log_target,
+            },
             "classes": list(self.classes),
             "network": {
                 "in_features": len(self.encoder.feature_names),
@@ -106,6 +114,7 @@ class TunedModel:
                 "out_features": max(1, len(self.classes)),
                 "activation": self.activation,
                 "norm": self.norm,
+                "dropout": self.dropout if isinstance(self.dropout, float) else list(self.dropout),
             },
             "columns": [{"name": column.name, "kind": column.kind} for column in self.columns],
             "encoder": self.encoder.to_dict(),
@@ -137,7 +146,11 @@ class TunedModel:
         network, target = data["network"], data["target"]
         hidden = tuple(network["hidden"])
         out_features = network["out_features"] if data["task"] == "classification" else 0
-        spec = Spec(hidden, 0.0, 0.0, 1, 0, activation=network["activation"], norm=network.get("norm"))
+        rate = network.get("dropout", 0.0)
+        spec = Spec(
+            hidden, 0.0, 0.0, 1, 0, activation=network["activation"], norm=network.get("norm"),
+            dropout=tuple(rate) if isinstance(rate, list) else float(rate),
+        )  # fmt: skip
         return cls(
             model=trainer.build(spec, network["in_features"], out_features).eval(),
             task=data["task"],
@@ -148,8 +161,10 @@ class TunedModel:
             hidden=hidden,
             activation=network["activation"],
             norm=network.get("norm"),
+            dropout=spec.dropout,
             target_mean=target["mean"],
             target_scale=target["scale"],
+            log_target=target.get("log", False),
         )
 
     def _output(self, X: Any) -> npt.NDArray[np.float64]:

@@ -61,7 +61,7 @@ def _facts(run: Run) -> list[Fact]:
         Fact("Winner", winner.name, winner.words),
         Fact("R²" if run.metric == "R2" else "Accuracy", f"{winner.mean:.3f}", f"± {winner.se:.3f} SE; {gain}"),
         Fact("Parameters", f"{winner.parameters:,}", f"{run.settings['epochs_of_refit']} epochs in the final fit"),
-        Fact("Time", f"{run.seconds:.0f} s", f"of a budget of {run.settings['budget']:g} s"),
+        Fact("Time", f"{run.seconds:.0f} s", f"of a budget of {run.settings['budget']}"),
     ]
 
 

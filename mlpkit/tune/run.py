@@ -16,7 +16,9 @@ from torch import nn
 
 from mlpkit.report import write_whole
 from mlpkit.tune import rundir
+from mlpkit.tune.evaluate import Search
 from mlpkit.tune.folds import Fold
+from mlpkit.tune.honest import Estimate
 from mlpkit.tune.ladder import Climb, Trial
 from mlpkit.tune.model import TunedModel
 from mlpkit.tune.verdicts import Verdict
@@ -30,7 +32,8 @@ class Run:
     """What ``tune`` returns.
 
     ``estimator`` predicts on raw tables, ``model`` is its network (an nn.Module on encoded inputs); ``verdicts`` are
-    the findings in words, ``trials`` the candidates, ``study`` the same as an Optuna study.
+    the findings in words, ``trials`` the candidates, ``study`` the same as an Optuna study. ``estimate`` is the score
+    one may expect, corrected for the choice; ``test_score`` that on the test table, if one was given.
     """
 
     estimator: TunedModel
@@ -43,6 +46,9 @@ class Run:
     data: dict[str, Any]
     command: str | None
     seconds: float
+    estimate: Estimate | None = None
+    search: Search | None = None
+    test_score: float | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -92,6 +98,8 @@ class Run:
                 "target": estimator.target_name,
                 "metric": self.metric,
                 "winner": self.winner.name,
+                "estimate": None if self.estimate is None else asdict(self.estimate),
+                "test_score": self.test_score,
                 "verdicts": [asdict(verdict) for verdict in self.verdicts],
                 "trials": [_trial(trial) for trial in self.trials],
                 "steps": {str(rung): asdict(step) for rung, step in self.climb.steps.items()},
@@ -110,8 +118,8 @@ class Run:
         return plain
 
     def fold_of_row(self) -> list[int]:
-        """For every row (with a target) the fold that tests it."""
-        part = [0] * sum(len(fold.test) for fold in self.folds)
+        """For every row (with a target) the fold that tests it; -1 for none."""
+        part = [-1] * int(self.data["rows"])
         for number, fold in enumerate(self.folds):
             for row in fold.test:
                 part[int(row)] = number
@@ -131,7 +139,12 @@ def versions() -> dict[str, str]:
 
 def _trial(trial: Trial) -> dict[str, Any]:
     return {
+        "number": trial.number,
         "name": trial.name,
+        "stage": trial.stage,
+        "params": trial.params,
+        "reason": trial.reason,
+        "repeats": [outcome.score for outcome in trial.repeats],
         "hidden": list(trial.hidden),
         "parameters": trial.parameters,
         "state": trial.state,

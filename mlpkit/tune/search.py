@@ -1,15 +1,13 @@
-"""``tune``: a table and a target in, a Run out. Encodes every fold once, climbs the ladder, refits the winner."""
+"""``tune``: a table and a target in, a Run out. Encodes every fold once, searches, judges, refits the winner."""
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import statistics
-import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,20 +17,23 @@ from mlpkit.errors import ArgumentError, NonFiniteError
 from mlpkit.report._extras import require
 from mlpkit.tune import progress as speak
 from mlpkit.tune import rundir, trainer
-from mlpkit.tune.encoder import Encoder
-from mlpkit.tune.folds import Fold, make_folds
-from mlpkit.tune.ladder import Climb, Hidden, Trial, climb
+from mlpkit.tune.budget import Clock, read_budget
+from mlpkit.tune.evaluate import Search
+from mlpkit.tune.folds import make_folds
+from mlpkit.tune.honest import Estimate, corrected
+from mlpkit.tune.journal import Journal, header_of
+from mlpkit.tune.ladder import Climb, Trial, from_trials
 from mlpkit.tune.model import TunedModel
-from mlpkit.tune.problem import Problem, encode_fold, read_problem, target_scale, target_tensor
-from mlpkit.tune.run import Run
+from mlpkit.tune.problem import Problem, encode_all, read_problem
+from mlpkit.tune.rows import row_scores
+from mlpkit.tune.run import Run, versions
+from mlpkit.tune.space import Space, widths
 from mlpkit.tune.study import to_study
 from mlpkit.tune.verdicts import judge
 
-STRATEGIES = ("auto", "constructive")
-
-_LR = 6e-3
-_WEIGHT_DECAY = 0.3  # AdamW's: the weights shrink by lr * weight_decay = 0.18 % a step.
-_WRAP_UP_SECONDS = 0.5
+STRATEGIES = (
+    "auto", "constructive", "grid", "random", "quasirandom", "coarse_to_fine", "bayes", "sequential",
+)  # fmt: skip
 
 
 def tune(
@@ -40,10 +41,16 @@ def tune(
     y: Any,
     *,
     strategy: str = "auto",
-    budget: float = 120.0,
+    budget: float | str = 120.0,
     cv: int = 5,
     random_state: int | None = None,
     out: str | os.PathLike[str] | None = None,
+    space: Space | Mapping[str, Any] | None = None,
+    groups: Any = None,
+    time: Any = None,
+    sample_weight: Any = None,
+    test: tuple[Any, Any] | None = None,
+    resume: bool = True,
     task: str = "auto",
     categorical: Collection[str] = (),
     ignore: Collection[str] = (),
@@ -54,121 +61,143 @@ def tune(
     """Find the simplest MLP that a table deserves, from no hidden layer upwards, and fit it.
 
     X: array, DataFrame or anything pandas takes; y: a column of equal length, or the name of a column of X.
-    strategy: "auto" or "constructive", both the ladder of 0, 1 and 2 hidden layers. budget: seconds of wall time; the
-    linear baseline always finishes, other candidates only if they fit. cv: folds. random_state: a whole number, or
-    None for a drawn one (the run records it). out: a run directory to write (see ``Run.save``). task:
-    "classification", "regression" or "auto". categorical, ignore: names of columns. progress: True or None shows it on
-    stderr, False is silent. Same table, seed and versions give the same scores, unless the budget cut the search short.
+    strategy: "auto", or one of "constructive" (the ladder of layers), "grid", "random", "quasirandom",
+    "coarse_to_fine", "bayes", "sequential". budget: seconds of wall time, or a text such as "90s", "60 cpu-s",
+    "200 trials"; the linear baseline always finishes, other candidates only if they fit. cv: folds. random_state: a
+    whole number, or None for a drawn one (the run records it). out: a run directory to write (see ``Run.save``).
+    space: a ``Space``, or its parts by name. groups: a value per row, or the name of a column; rows of one group share
+    a fold. time: the same; a fold learns only from rows before those it is tested on. sample_weight: a weight per row.
+    test: (X, y), scored once, by the final model. resume: go on with a run into ``out`` that was killed.
+    task: "classification", "regression" or "auto". categorical, ignore: names of columns. progress: True or None shows
+    it on stderr, False is silent. Same table, seed and versions give the same scores, unless the budget, being a time,
+    cut the search short.
 
     Raises DataError for a table, ArgumentError for an argument that cannot be used. Torch's and NumPy's global
     generators are left as they were.
     """
-    start = time.perf_counter()
-    _check(strategy, budget, cv, random_state)
+    allowed = read_budget(budget)
+    clock = Clock(allowed)
+    _check(strategy, cv, random_state)
+    wanted = space if isinstance(space, Space) else Space(space or {})
     # What is only needed at the end is looked for now, not after minutes of training.
     for module in ("pandas", "optuna", *(("safetensors", "jinja2", "plotly") if out is not None else ())):
         require(module, "mlpkit.tune")
     target_path = rundir.check(out, overwrite) if out is not None else None
-    seed = secrets.randbelow(2**31) if random_state is None else int(random_state)
-    problem = read_problem(X, y, task, cv, categorical, ignore)
+    problem = read_problem(X, y, task, cv, categorical, ignore, groups=groups, time=time, sample_weight=sample_weight)
+    journal, seed = _journal(
+        target_path, problem, resume, random_state, [strategy, str(allowed), cv, wanted.to_plain()]
+    )
+    wanted = wanted.for_task(
+        problem.target.task,
+        positive_target=problem.target.task == "regression" and bool((problem.target.values > 0.0).all()),
+    )
     metric = "accuracy" if problem.target.task == "classification" else "R2"
     with speak.choose(progress, metric, cv) as say, _one_thread():
         say.note(_opening(problem, cv, seed))
         for note in problem.notes:
             say.note(f"note: {note}")
-        folds = make_folds(problem.target.values, cv, seed, stratify=problem.target.task == "classification")
-        result = _Search(problem, folds, seed, start, budget, say).climb()
+        if journal.resumed:
+            say.note(f"going on with an earlier run: {journal.resumed} results are known")
+        folds = make_folds(
+            problem.target.values, cv, seed, stratify=problem.target.task == "classification", groups=problem.groups,
+            order=problem.order,
+        )  # fmt: skip
+        search = Search(problem, folds, wanted, seed, clock, say, journal)
+        _run_strategy(strategy, search)
+        result = from_trials(search.trials, [widths(params) for params in search.untried])
         say.note(f"refitting {result.winner.words} on all {problem.rows} rows")
-        model, epochs = _refit(problem, result.winner, seed)
+        model, epochs = _refit(search, result.winner)
     run = Run(
         estimator=model,
-        verdicts=judge(result, metric, _floor(problem, folds)),
+        verdicts=judge(result, metric, _floor(problem), search=search),
         climb=result,
-        study=to_study(result, metric, seed),
+        study=to_study(result, metric, seed, wanted),
         folds=folds,
         metric=metric,
-        settings={"strategy": strategy, "budget": budget, "cv": cv, "seed": seed, "epochs_of_refit": epochs},
+        settings={
+            "strategy": strategy, "budget": str(allowed), "cv": cv, "seed": seed, "epochs_of_refit": epochs,
+            "space": wanted.to_plain(),
+        },
         data={
             "rows": problem.rows, "sha256": problem.fingerprint, "notes": problem.notes,
             "features": len(model.encoder.feature_names),
         },
         command=command,
-        seconds=time.perf_counter() - start,
+        seconds=clock.now(),
+        estimate=estimate(search, result),
+        search=search,
+        test_score=None if test is None else model.score(*test),
     )  # fmt: skip
     if target_path is not None:
         run.save(target_path, overwrite=overwrite)
+        if journal.path is not None:
+            journal.path.unlink(missing_ok=True)
     return run
 
 
-class _Search:
-    """Runs candidates of the ladder against the clock."""
-
-    def __init__(
-        self, problem: Problem, folds: Sequence[Fold], seed: int, start: float, budget: float, say: speak.Silent
-    ) -> None:
-        self.seed, self.say, self.rows = seed, say, len(folds[0].train)
-        self.out_features = len(problem.target.classes)
-        self.folds = [encode_fold(problem, fold) for fold in folds]
-        self.end = start + budget
-        self.slowest = self.latest = 0.0
-
-    def climb(self) -> Climb:
-        return climb(self.run)
-
-    def run(self, hidden: Hidden) -> Trial | None:
-        linear = not hidden
-        # What remains after the winner's refit on all rows, which costs a little more than one of its folds.
-        deadline = self.end - 1.5 * self.slowest / len(self.folds) - _WRAP_UP_SECONDS
-        if not linear and time.perf_counter() + 0.7 * self.latest > deadline:
+def estimate(search: Search, climb: Climb) -> Estimate | None:
+    """The winner's score without the luck of the choice; None where outputs of the test rows are not at hand."""
+    rows: list[Any] = []
+    depths: list[int] = []
+    winner = -1
+    for trial in climb.trials:
+        if trial.state != "complete":
+            continue
+        own = row_scores(search.problem, search.folds, search.spec(trial.params)[1], trial.outcomes)
+        if own is None:
             return None
-        self.say.start(hidden)
-        spec = make_spec(hidden, self.rows, self.seed)
-        if linear:
-            # The baseline may use half of what there is and keeps its best weights at that point.
-            now = time.perf_counter()
-            deadline = now + max(deadline - now, 0.0) / 2
-        outcomes = trainer.train_members(
-            [spec], self.folds, self.out_features, deadline=deadline, keep_at_deadline=linear,
-            on_fold=lambda _spec, _fold, outcome: self.say.fold(outcome),
-        )[0]  # fmt: skip
-        in_features = self.folds[0].train.x.shape[1]
-        trial = Trial(hidden, _parameters(in_features, hidden, max(1, self.out_features)), outcomes, _state(outcomes))
-        if linear and trial.state != "complete":
-            raise NonFiniteError("tune: the loss of the linear model became non-finite; look for extreme values")
-        self.latest, self.slowest = trial.seconds, max(self.slowest, trial.seconds)
-        self.say.done(trial)
-        return trial
+        if trial is climb.winner:
+            winner = len(rows)
+        rows.append(own)
+        depths.append(len(trial.hidden))
+    return corrected(np.stack(rows), depths, winner, climb.winner.scores, search.seed) if winner >= 0 else None
 
 
-def make_spec(hidden: Hidden, rows: int, seed: int) -> trainer.Spec:
-    """How a candidate is trained: about 24 batches an epoch, between 32 and 256 rows each."""
-    batch = min(256, max(32, 2 ** round(math.log2(max(1, rows / 24)))))
-    return trainer.Spec(hidden, lr=_LR, weight_decay=_WEIGHT_DECAY, batch_size=batch, seed=seed)
+def _run_strategy(strategy: str, search: Search) -> None:
+    from mlpkit.tune.auto import auto
+    from mlpkit.tune.strategies import STRATEGIES as ALONE
+
+    _ = search.linear
+    (auto if strategy == "auto" else ALONE[strategy])(search)
 
 
-def _refit(problem: Problem, winner: Trial, seed: int) -> tuple[TunedModel, int]:
-    every = np.arange(problem.rows)
-    encoder = Encoder.fit(problem.data, problem.columns, every)
-    mean, scale = target_scale(problem.target, every)
-    split = trainer.Split(torch.from_numpy(encoder.transform(problem.data)), target_tensor(problem.target, mean, scale))
+def _journal(
+    out: Path | None, problem: Problem, resume: bool, random_state: int | None, settings: list[Any]
+) -> tuple[Journal, int]:
+    """Where the search is written down while it runs, and its seed: that of the killed run, if none is given."""
+    if out is None:
+        return Journal(), secrets.randbelow(2**31) if random_state is None else int(random_state)
+    path = out.with_name(f".{out.name}.journal")
+    before = header_of(path) if resume else None
+    if not resume:
+        path.unlink(missing_ok=True)
+    header = {"sha256": problem.fingerprint, "settings": settings, "versions": versions()}
+    seed = random_state
+    if seed is None and before is not None and all(before.get(key) == value for key, value in header.items()):
+        seed = before.get("seed")
+    seed = secrets.randbelow(2**31) if seed is None else int(seed)
+    return Journal(path, {**header, "seed": seed}), seed
+
+
+def _refit(search: Search, winner: Trial) -> tuple[TunedModel, int]:
+    problem = search.problem
+    spec, encoding = search.spec(winner.params)
+    encoder, mean, scale, split = encode_all(problem, encoding)
     epochs = round(statistics.median(outcome.best_epoch for outcome in winner.outcomes)) + 1
-    spec = make_spec(winner.hidden, problem.rows, seed)
     network = trainer.refit(spec, split, len(problem.target.classes), epochs)
     if not all(bool(torch.isfinite(value).all()) for value in network.state_dict().values()):
         raise NonFiniteError("tune: the weights became non-finite in the fit on all rows")
     model = TunedModel(
         model=network, task=problem.target.task, target_name=problem.target.name, classes=problem.target.classes,
-        columns=problem.columns, encoder=encoder, hidden=winner.hidden, activation=spec.activation,
-        target_mean=mean, target_scale=scale,
+        columns=problem.columns, encoder=encoder, hidden=spec.hidden, activation=spec.activation, norm=spec.norm,
+        dropout=spec.dropout, target_mean=mean, target_scale=scale, log_target=encoding.log_target,
     )  # fmt: skip
     return model, epochs
 
 
-def _check(strategy: str, budget: float, cv: int, random_state: int | None) -> None:
+def _check(strategy: str, cv: int, random_state: int | None) -> None:
     if strategy not in STRATEGIES:
         raise ArgumentError(f"tune: strategy is {strategy!r}, must be one of {', '.join(STRATEGIES)}")
-    if not (isinstance(budget, int | float) and math.isfinite(budget) and budget > 0):
-        raise ArgumentError(f"tune: budget is {budget!r}, must be a positive number of seconds")
     if not isinstance(cv, int) or isinstance(cv, bool) or not 2 <= cv <= 20:
         raise ArgumentError(f"tune: cv is {cv!r}, must be a whole number of folds from 2 to 20")
     whole = isinstance(random_state, int | np.integer) and not isinstance(random_state, bool)
@@ -176,22 +205,11 @@ def _check(strategy: str, budget: float, cv: int, random_state: int | None) -> N
         raise ArgumentError(f"tune: random_state is {random_state!r}, must be None or a whole number below 2**32")
 
 
-def _floor(problem: Problem, folds: Sequence[Fold]) -> float:
+def _floor(problem: Problem) -> float:
     """What a constant guess scores: the largest class, or the mean (R2 of 0)."""
     if problem.target.task == "regression":
         return 0.0
     return float(np.bincount(problem.target.values).max()) / problem.rows
-
-
-def _state(outcomes: Sequence[trainer.Outcome]) -> Any:
-    if all(outcome.finished for outcome in outcomes):
-        return "complete"
-    return "diverged" if outcomes[-1].stopped == "diverged" else "out of time"
-
-
-def _parameters(in_features: int, hidden: Hidden, out_features: int) -> int:
-    sizes = [in_features, *hidden, out_features]
-    return sum((before + 1) * after for before, after in pairwise(sizes))
 
 
 def _opening(problem: Problem, cv: int, seed: int) -> str:

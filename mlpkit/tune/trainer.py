@@ -51,8 +51,8 @@ class FoldData:
 class Outcome:
     """One spec on one fold. Losses are per epoch; ``best_epoch`` (0-based) is the one whose weights were scored.
 
-    stopped: "patience", "epochs", "diverged" or "clock". output: what the scored weights give on the fold's test rows,
-    (rows, out_features) float32.
+    stopped: "patience", "epochs", "diverged", "clock" or "not started". output: what the scored weights give on the
+    fold's test rows, (rows, out_features) float32.
     """
 
     score: float = math.nan
@@ -93,6 +93,7 @@ def train_members(
     deadline: a time of ``clock``, in seconds. A fold that meets it has no score, unless keep_at_deadline: then its
     best weights so far are scored and ``stopped`` is "clock", and every fold gets its share of the time left.
     A fold whose loss turns non-finite is "diverged" and has no score, and the later folds of its spec are left out.
+    A later spec that the deadline finds untouched is "not started".
     first_fold: the number of folds[0], so that a fold trained later draws what it would have drawn at once.
     """
     results = []
@@ -101,6 +102,9 @@ def train_members(
         for index, data in enumerate(folds):
             now = clock()
             limit = now + (deadline - now) / (len(folds) - index) if keep_at_deadline else deadline
+            if index == 0 and number > 0 and now > limit and not keep_at_deadline:
+                outcomes.append(Outcome(stopped="not started"))
+                break
             own = replace(spec, seed=spec.seed + first_fold + index)
             outcome = _train_fold(own, data, out_features, limit, keep_at_deadline, clock)
             outcomes.append(outcome)

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
 from mlpkit.tune import stats
-from mlpkit.tune.ladder import TAPERS, WIDTHS, Climb, Trial, in_words
+from mlpkit.tune.ladder import TAPERS, WIDTHS, Climb, Trial, in_words, rise_after_best
 
 Tone = Literal["good", "notice", "bad"]
 
@@ -30,7 +28,7 @@ class Verdict:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def judge(climb: Climb, metric: str, floor: float) -> list[Verdict]:
+def judge(climb: Climb, metric: str, floor: float, search: object = None) -> list[Verdict]:
     """All verdicts, the three main ones first. floor: the score of a constant guess (largest class, or mean)."""
     verdicts = [_depth(climb, metric), _fit(climb, metric, floor), _neighbours(climb, metric)]
     if _cut_short(climb):
@@ -103,19 +101,6 @@ def _fit(climb: Climb, metric: str, floor: float) -> Verdict:
     if winner is not linear:
         text += f" (linear: {linear_gap:.3f})"
     return Verdict("fit", "fine", text + ".", "good", numbers)
-
-
-def rise_after_best(trial: Trial) -> float:
-    """By how many SE over the folds the validation loss ends above its minimum."""
-    rises = [
-        outcome.validation_loss[-1] - outcome.validation_loss[outcome.best_epoch]
-        for outcome in trial.outcomes
-        if outcome.validation_loss
-    ]
-    if len(rises) < 2:
-        return 0.0
-    se = stats.standard_error(rises)
-    return float(np.mean(rises)) / se if se > 0.0 else 0.0
 
 
 def _edge(climb: Climb) -> stats.Comparison | None:
