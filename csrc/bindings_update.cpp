@@ -9,6 +9,7 @@
 
 #include "bindings_watch.h"
 #include "ops/guarded_update.h"
+#include "ops/guarded_update_device.h"
 
 namespace mlpkit {
 namespace {
@@ -37,7 +38,12 @@ class OptimizerUpdate {
   // rows: (parameter, group, its dictionary in the state, names in it of first, second, third and step or None, its
   // low-precision copy or None, whether the momentum buffer is empty). groups: parameters by group.
   OptimizerUpdate(const std::string& kind, const py::list& rows, const py::list& groups, const py::dict& state)
-      : state_(state), update_(optimizer_of(kind), rows_of(rows)) {
+      : state_(state), kind_(optimizer_of(kind)) {
+    std::vector<GuardedRow> all = rows_of(rows);
+    if (!all.empty() && !all[0].p.is_cpu())
+      device_ = make_device_update(kind_, std::move(all));
+    else
+      host_ = std::make_unique<GuardedUpdate>(kind_, std::move(all));
     for (const py::handle group : groups) {
       auto& known = groups_.emplace_back();
       for (const py::handle parameter : group) known.push_back(parameter.cast<py::object>());
@@ -47,11 +53,12 @@ class OptimizerUpdate {
     for (const auto& group : groups_)
       for (const py::object& parameter : group)
         if (std::find(taken.begin(), taken.end(), parameter.ptr()) == taken.end()) idle_.push_back(parameter);
-    for (const GuardedRow& row : update_.rows())
-      places_.push_back({row.p.sizes().vec(), row.p.strides().vec(), row.p.scalar_type()});
+    for (const GuardedRow& row : this->rows())
+      places_.push_back({row.p.sizes().vec(), row.p.strides().vec(), row.p.scalar_type(), row.p.device()});
   }
 
-  // None: something is not as it was prepared. Otherwise (taken, reason, norm, factor, row, rows).
+  // None: something is not as it was prepared. Otherwise (taken, reason, norm, factor, row, rows); on a device, where
+  // nothing is read, the tensors (outcome, census).
   py::object step(const py::list& groups, const py::object& state, double clip, const py::object& scale,
                   const py::object& clean, const py::object& found, const py::object& rule, bool force) {
     if (busy_ || state.ptr() != state_.dict.ptr() || !same(groups)) return py::none();
@@ -69,16 +76,21 @@ class OptimizerUpdate {
     std::vector<at::Tensor> gradients;
     for (const py::object& parameter : parameters_) gradients.push_back(THPVariable_Unpack(parameter.ptr()).grad());
     GuardedOutcome outcome{};
+    std::tuple<at::Tensor, at::Tensor> queued;
     busy_ = true;
     try {
       const py::gil_scoped_release release;
       const at::NoGradGuard no_grad;
-      outcome = update_.run(gradients, settings_, options);
+      if (device_)
+        queued = device_->run(gradients, settings_, rates_, options);
+      else
+        outcome = host_->run(gradients, settings_, options);
     } catch (...) {
       busy_ = false;
       throw;
     }
     busy_ = false;
+    if (device_) return py::make_tuple(std::get<0>(queued), std::get<1>(queued));
     return py::make_tuple(outcome.taken, static_cast<int>(outcome.reason), outcome.norm, outcome.factor, outcome.row,
                           outcome.rows);
   }
@@ -86,16 +98,26 @@ class OptimizerUpdate {
   // Of the last step, by row: (NaN, Inf, first, absmax, sum of squares).
   py::list census() const {
     py::list result;
-    for (const RangeCensus& row : update_.census())
+    if (!host_) return result;
+    for (const RangeCensus& row : host_->census())
       result.append(py::make_tuple(row.nan, row.inf, row.first, row.absmax, row.sum_of_squares));
     return result;
+  }
+
+  // What a device keeps of the steps (ops/guarded_update_device.h), or None.
+  py::object log() const {
+    const at::Tensor log = device_ ? device_->log() : at::Tensor();
+    return log.defined() ? py::cast(log) : py::none();
   }
 
  private:
   struct Shape {
     std::vector<int64_t> sizes, strides;
     at::ScalarType dtype;
+    at::Device device;
   };
+
+  std::vector<GuardedRow>& rows() { return device_ ? device_->rows() : host_->rows(); }
 
   static Optimizer optimizer_of(const std::string& name) {
     constexpr const char* names[] = {"sgd", "adam", "adamw", "rmsprop", "lars", "lamb"};
@@ -136,6 +158,7 @@ class OptimizerUpdate {
     for (const py::object& parameter : idle_)
       if (THPVariable_Unpack(parameter.ptr()).grad().defined()) return false;
     settings_.clear();
+    rates_.clear();
     for (size_t i = 0; i < groups_.size(); ++i) {
       PyObject* group = PyList_GET_ITEM(groups.ptr(), i);
       PyObject* params = item(group, n.params);
@@ -144,9 +167,9 @@ class OptimizerUpdate {
         return false;
       for (size_t j = 0; j < known.size(); ++j)
         if (PyList_GET_ITEM(params, j) != known[j].ptr()) return false;
-      settings_.push_back(read(group));
+      settings_.push_back(read(group, device_ ? &rates_.emplace_back() : nullptr));
     }
-    const std::vector<GuardedRow>& rows = update_.rows();
+    const std::vector<GuardedRow>& rows = this->rows();
     for (size_t i = 0; i < rows.size(); ++i)
       if (!THPVariable_Unpack(parameters_[i].ptr()).is_same(rows[i].p) || !fits(rows[i], places_[i])) return false;
     return true;
@@ -155,11 +178,10 @@ class OptimizerUpdate {
   bool fits(const GuardedRow& row, const Shape& shape) const {
     const auto like = [&](const at::Tensor& tensor) {
       return !tensor.defined() || (tensor.sizes() == shape.sizes && same_layout(tensor, shape.strides) &&
-                                   tensor.scalar_type() == shape.dtype && tensor.is_cpu());
+                                   tensor.scalar_type() == shape.dtype && tensor.device() == shape.device);
     };
     const GuardedGroup& g = settings_[row.group];
-    const Optimizer kind = update_.kind();
-    const bool momentum = g.momentum != 0 && kind != Optimizer::adam && kind != Optimizer::adamw;
+    const bool momentum = g.momentum != 0 && kind_ != Optimizer::adam && kind_ != Optimizer::adamw;
     return like(row.p) && like(row.first) && like(row.second) && like(row.third) &&
            (row.first.defined() || !momentum) && (row.third.defined() || !(g.amsgrad || g.centered));
   }
@@ -174,11 +196,16 @@ class OptimizerUpdate {
     return object != nullptr && object != Py_False && object != Py_None && PyObject_IsTrue(object) == 1;
   }
 
-  static GuardedGroup read(PyObject* group) {
+  // rate: gets a learning rate that lies on a device, which is not read.
+  static GuardedGroup read(PyObject* group, at::Tensor* rate) {
     const UpdateNames& n = update_names();
     GuardedGroup g{};
     const auto of = [&](const py::str& name, double otherwise) { return value(item(group, name), otherwise); };
-    g.lr = of(n.lr, 0);
+    PyObject* lr = item(group, n.lr);
+    if (rate && lr && THPVariable_Check(lr) && THPVariable_Unpack(lr).is_cuda())
+      *rate = THPVariable_Unpack(lr);
+    else
+      g.lr = value(lr, 0);
     g.eps = of(n.eps, 0);
     g.momentum = of(n.momentum, 0);
     g.dampening = of(n.dampening, 0);
@@ -203,11 +230,14 @@ class OptimizerUpdate {
   Items state_;
   std::vector<py::object> parameters_, idle_;  // by row; without a row
   std::vector<Entries> entries_;
-  GuardedUpdate update_;
+  Optimizer kind_;
+  std::unique_ptr<GuardedUpdate> host_;  // one of these two
+  std::unique_ptr<DeviceUpdate> device_;
   std::vector<std::vector<py::object>> groups_;
   std::vector<Shape> places_;
   std::vector<GuardedGroup> settings_;
-  bool busy_ = false;  // another thread is in a step of this object, outside the interpreter's lock
+  std::vector<at::Tensor> rates_;  // by group, on a device
+  bool busy_ = false;              // another thread is in a step of this object, outside the interpreter's lock
 };
 
 }  // namespace
@@ -218,7 +248,8 @@ void bind_update(py::module_& m) {
            py::arg("rows"), py::arg("groups"), py::arg("state"))
       .def("step", &OptimizerUpdate::step, py::arg("groups"), py::arg("state"), py::arg("clip_norm"), py::arg("scale"),
            py::arg("clean_steps"), py::arg("found_inf"), py::arg("rule"), py::arg("force"))
-      .def("census", &OptimizerUpdate::census);
+      .def("census", &OptimizerUpdate::census)
+      .def("log", &OptimizerUpdate::log);
 }
 
 }  // namespace mlpkit

@@ -35,8 +35,8 @@ MLPKIT_DEVICE bool finite(const GuardedGroup& g) {
                      (g.l1 - g.l1) + (g.trust - g.trust);
   return sum == 0;
 }
-MLPKIT_DEVICE double steps_of(const GuardedUpdateArgs& args, const GuardedTensor& row, int32_t i) {
-  if (!row.step) return device::load4(args.begun + i) ? 1 : 0;
+MLPKIT_DEVICE double steps_of(const GuardedUpdateArgs& args, const GuardedTensor& row) {
+  if (!row.step) return device::load4(args.begun + row.index) ? 1 : 0;
   if (row.wide_step) return number_at(static_cast<const double*>(row.step));
   float step;
   device::load(static_cast<const float*>(row.step), step);
@@ -151,7 +151,7 @@ MLPKIT_DEVICE bool settle(const GuardedUpdateArgs& args, int32_t i, double facto
   const GuardedGroup group = group_of(args, row.group).settings;
   const double* census = args.census + 5 * static_cast<int64_t>(row.index);
   const double* bounds = args.bounds + 4 * static_cast<int64_t>(row.index);
-  const double t = steps_of(args, row, i) + 1, norm_of_p = ::sqrt(number_at(&args.settings[i].squares_of_p));
+  const double t = steps_of(args, row) + 1, norm_of_p = ::sqrt(number_at(&args.settings[i].squares_of_p));
   OptimizerSettingsOf<double> s = settings_at(args.kind, group, t, ::pow(group.beta1, t), ::pow(group.beta2, t));
   if (args.kind == Optimizer::lars) s.lr = lars_rate(group, norm_of_p, ::sqrt(number_at(census + 4)) / shrink * factor);
   if (args.kind == Optimizer::lamb) s.rate = group.lr * norm_of_p;
@@ -263,9 +263,9 @@ MLPKIT_DEVICE void conclude(const GuardedUpdateArgs& args, const GuardedDecision
   for (int32_t i = static_cast<int32_t>(thread); d.taken != 0 && i < args.rows; i += kGuardedThreads) {
     if (!gradient_of(args, i)) continue;
     const GuardedTensor row = read(args.table + i);
-    const double steps = steps_of(args, row, i) + 1;
+    const double steps = steps_of(args, row) + 1;
     if (!row.step)
-      device::store4(args.begun + i, 1);
+      device::store4(args.begun + row.index, 1);
     else if (row.wide_step)
       device::store(static_cast<double*>(row.step), steps);
     else

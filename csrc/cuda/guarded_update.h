@@ -67,20 +67,20 @@ struct GuardedUpdateArgs {  // all pointers are the device's
   int64_t chunk;  // elements
   const GuardedTensor* table;
   const int32_t* row_of_chunk;
-  float* scale;                             // [1] or nullptr
-  int32_t* clean;                           // [1] or nullptr
-  float* found;                             // [1] or nullptr
-  GuardedDecision* decision;                // [1]
-  double* census;                           // [rows, 5]: NaN, Inf, first of them, absmax, sum of squares
-  double* bounds;                           // [rows, 4]: largest p, first, second, third; NaN first: not known; kept
-  double* log;                              // steps, skips, then the last skips; kept; or nullptr
-  double* parts;                            // [chunks, 2], scratch
-  GuardedTally* tally;                      // [rows], zeros
-  GuardedRowSettings* settings;             // [rows], scratch
-  uint32_t* begun;                          // [rows], kept: whether a row without a step count has taken a step
-  uint32_t* finished;                       // [2], zeros
-  const void* const* gradients;             // [rows] by the table, or nullptr: `gradient`
-  const GuardedGroupOnDevice* groups;       // or nullptr: `group`
+  float* scale;                        // [1] or nullptr
+  int32_t* clean;                      // [1] or nullptr
+  float* found;                        // [1] or nullptr
+  GuardedDecision* decision;           // [1]
+  double* census;                      // [rows, 5]: NaN, Inf, first of them, absmax, sum of squares
+  double* bounds;                      // [rows, 4]: largest p, first, second, third; NaN first: not known; kept
+  double* log;                         // steps, skips, then the last skips; kept; or nullptr
+  double* parts;                       // [chunks, 2], scratch
+  GuardedTally* tally;                 // [rows], zeros
+  GuardedRowSettings* settings;        // [rows], scratch
+  uint32_t* begun;                     // [rows] by index, kept: whether a row without a step count has taken a step
+  uint32_t* finished;                  // [2], zeros
+  const void* const* gradients;        // [rows] by the table, or nullptr: `gradient`
+  const GuardedGroupOnDevice* groups;  // or nullptr: `group`
   const void* gradient[kGuardedGradients];  // nullptr: the row takes no part
   GuardedGroupOnDevice group[kGuardedGroups];
 };

@@ -1,4 +1,7 @@
-"""``guard.optim``: torch's optimizers, LARS and LAMB, whose steps Inf and NaN cannot ruin; one native call a step."""
+"""``guard.optim``: torch's optimizers, LARS and LAMB, whose steps Inf and NaN cannot ruin; one native call a step.
+
+On CUDA, with ``MLPKIT_CUDA_KERNELS=all``, a step is two launches (LAMB three) and waits for nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch.optim import optimizer as _torch
 
 from mlpkit.errors import ArgumentError
 from mlpkit.guard.checks import check_settings
+from mlpkit.guard.device import DeviceUpdate, Queued
 from mlpkit.guard.record import SkipRecord
 from mlpkit.guard.update import DeviceScale, FusedUpdate, Outcome
 from mlpkit.ops.guarded_update import Reason
@@ -55,23 +59,30 @@ class _Guarded(torch.optim.Optimizer):
 
     @property
     def records(self) -> list[SkipRecord]:
-        """A record of every skipped step, oldest first."""
+        """A record of every skipped step, oldest first. On CUDA it syncs, and of the steps skipped since the last look
+        the 32 latest have one."""
         records: list[SkipRecord] = self.__dict__.setdefault("_records", [])
+        update = self.__dict__.get("_update")
+        if isinstance(update, DeviceUpdate):
+            records += [self._recorded(*skip) for skip in update.skips()]
         return records
 
     @property
     def skipped(self) -> int:
-        """How many steps were skipped."""
-        return len(self.records)
+        """How many steps were skipped. On CUDA it syncs."""
+        records, update = self.records, self.__dict__.get("_update")
+        return len(records) + (update.unnamed if isinstance(update, DeviceUpdate) else 0)
 
     @property
     def grad_norm(self) -> float | None:
         """The global norm of the last step's gradients, unscaled, before clipping; None before the first."""
-        outcome: Outcome | None = self.__dict__.get("_outcome")
+        outcome: Outcome | Queued | None = self.__dict__.get("_outcome")
         return outcome.norm if outcome else None
 
     def step(self, closure: Callable[[], Any] | None = None, *, scale: DeviceScale | None = None) -> Any:
         """Take one step, or skip it whole where Inf or NaN is in a gradient or would be in a parameter or its state.
+
+        On CUDA the device decides and nothing is read; state begins as zeros though the first step be skipped.
 
         closure: evaluates the loss anew, as in torch; its value is returned. scale: what the loss was multiplied by;
         gradients are divided by it, and it moves by its rule. ``grad_scale`` and ``found_inf`` attributes are honoured
@@ -98,17 +109,24 @@ class _Guarded(torch.optim.Optimizer):
                 loss = closure()
         state = self.__dict__
         force = state.get("_forced", False)
+        on_device = _decided_on_device(self)
+        make = DeviceUpdate if on_device else FusedUpdate
         # What is forced may be taken back, state and all: it begins and ends with itself.
-        update: FusedUpdate | None = FusedUpdate(self) if force else state.get("_update")
-        if update is None:
-            update = state["_update"] = FusedUpdate(self)
+        update: FusedUpdate | None = make(self) if force else state.get("_update")
+        if update is None or isinstance(update, DeviceUpdate) != on_device:
+            update = state["_update"] = make(self)
+        clip_norm = math.inf if self.clip_norm is None else self.clip_norm
+        fixed, found = state.get("grad_scale"), None if force else state.get("found_inf")
+        if isinstance(update, DeviceUpdate):
+            check_settings(self, type(self).__name__)
+            state["_outcome"] = update.queue(
+                self, clip_norm=clip_norm, scale=scale, grad_scale=fixed, found_inf=found, force=force
+            )
+            if not force:
+                state["_steps"] = state.get("_steps", 0) + 1
+            return loss
         outcome = state["_outcome"] = update.step(
-            self,
-            clip_norm=math.inf if self.clip_norm is None else self.clip_norm,
-            scale=scale,
-            grad_scale=state.get("grad_scale"),
-            found_inf=None if force else state.get("found_inf"),
-            force=force,
+            self, clip_norm=clip_norm, scale=scale, grad_scale=fixed, found_inf=found, force=force
         )
         if force:
             return loss
@@ -138,36 +156,47 @@ class _Guarded(torch.optim.Optimizer):
         if outcome.reason == Reason.SETTING:
             check_settings(self, type(self).__name__)
             raise ArgumentError(f"{type(self).__name__}: a setting of a parameter group is Inf or NaN")
+        used = scale.value if scale is not None else self.__dict__.get("grad_scale")
+        row = update.census()[outcome.row] if outcome.row >= 0 else (0, 0, -1, 0.0, 0.0)
+        parameter = update.parameters[outcome.row] if outcome.row >= 0 else None
+        number = self.__dict__["_steps"] - 1
+        self.records.append(self._recorded(number, outcome, row, parameter, 1.0 if used is None else float(used)))
+
+    def _recorded(
+        self,
+        step: int,
+        outcome: Outcome,
+        row: tuple[int, int, int, float, float],
+        parameter: Tensor | None,
+        scale: float,
+    ) -> SkipRecord:
+        """row: the census of the parameter at fault, if one is."""
         where, name = "norm", "gradient norm"
         shape: tuple[int, ...] = ()
         nans, infs, first = 0, 1, None
         note = "The loss scale has no reciprocal." if outcome.reason == Reason.SCALE else ""
-        if outcome.row >= 0:
-            parameter = update.parameters[outcome.row]
+        if parameter is not None:
             where = "gradient" if outcome.reason == Reason.GRADIENT else "update"
             name, shape = self._place(parameter), tuple(parameter.shape)
-            nans, infs, first, _, _ = update.census()[outcome.row]
+            nans, infs, first, _, _ = row
         elif outcome.reason == Reason.GRADIENT:
             where, name, note = "gradient", "a parameter", "Found where the gradients were unscaled."
-        used = scale.value if scale is not None else self.__dict__.get("grad_scale")
-        self.records.append(
-            SkipRecord(
-                step=self.__dict__["_steps"] - 1,
-                culprit=name,
-                where=where,
-                kind="NaN" if nans else "Inf",
-                count=nans + infs,
-                nans=nans,
-                infs=infs,
-                shape=shape,
-                tensors=max(outcome.rows, 1),
-                scale=1.0 if used is None else float(used),
-                loss=math.nan,
-                micro_batch=0,
-                parameters=sum(len(group["params"]) for group in self.param_groups),
-                note=note,
-                first_index=first,
-            )
+        return SkipRecord(
+            step=step,
+            culprit=name,
+            where=where,
+            kind="NaN" if nans else "Inf",
+            count=nans + infs,
+            nans=nans,
+            infs=infs,
+            shape=shape,
+            tensors=max(outcome.rows, 1),
+            scale=scale,
+            loss=math.nan,
+            micro_batch=0,
+            parameters=sum(len(group["params"]) for group in self.param_groups),
+            note=note,
+            first_index=first,
         )
 
     def _place(self, parameter: Tensor) -> str:
@@ -176,6 +205,10 @@ class _Guarded(torch.optim.Optimizer):
                 if one is parameter:
                     return f"group {index}, parameter {position} {tuple(parameter.shape)}"
         return f"a parameter {tuple(parameter.shape)}"
+
+
+def _decided_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    return any(parameter.is_cuda for group in optimizer.param_groups for parameter in group["params"][:1])
 
 
 class SGD(_Guarded, torch.optim.SGD):

@@ -35,6 +35,12 @@ class Copies:
         """Put the copies back into the tensors they came from."""
         _copy(self._tensors, self._copies)
 
+    def restore_unless(self, taken: Tensor) -> None:
+        """Put the copies back where this number on the device is 0, without reading it."""
+        with torch.no_grad():
+            for tensor, kept in zip(self._tensors, self._copies, strict=True):
+                torch.where(taken != 0, tensor, kept, out=tensor)
+
 
 class Buffers:
     """The registered buffers of a model: copied before a forward, checked after it, restored after a skip."""
@@ -76,6 +82,10 @@ class Buffers:
             for key in entries.keys() - keys:
                 raise ArgumentError(f"{owner}: the forward registered a new buffer {key!r} in {prefix!r}; do so before")
         return [buffer for _, _, name, buffer, _ in self._entries if buffer is not None and name not in self.sentinels]
+
+    def restore_unless(self, taken: Tensor) -> None:
+        """``restore`` where this number on the device is 0, decided there; after ``checked``."""
+        self._copies.restore_unless(taken)
 
     def restore(self) -> None:
         """Bind and fill the buffers as they were; new ones go."""

@@ -23,6 +23,7 @@ from mlpkit.guard.history import History
 from mlpkit.guard.losses import Loss, describe, own_loss, resolve
 from mlpkit.guard.native import NativeStep
 from mlpkit.guard.policy import Policy
+from mlpkit.guard.queued import QueuedStep
 from mlpkit.guard.ranks import Ranks, unwrapped
 from mlpkit.guard.record import SkipRecord, StepResult, Window
 from mlpkit.guard.replay import MicroBatch, call, random_state, set_random_state
@@ -111,14 +112,18 @@ class TrainStep:
         self._full_precision = False
         self._native = NativeStep(model, loss, optimizer, precision, accumulate)
         self._small = SmallStep(self, loss, policy)
+        self._queued = QueuedStep(self, policy)
 
     @property
     def path(self) -> str:
         """``"native"`` where the last step was one native call, ``"small"`` where it was the CUDA kernels of small
-        networks; ``"general"`` otherwise: ``path_reason`` says why.
+        networks, ``"queued"`` where a CUDA device decided about a general model's; ``"general"`` otherwise:
+        ``path_reason`` says why.
         """
         if self._small.why_not is None:
             return "small"
+        if self._queued.why_not is None:
+            return "queued"
         return "general" if self._native.why_not else "native"
 
     @property
@@ -126,6 +131,8 @@ class TrainStep:
         """Why the last step went the general way; None where it did not."""
         if self._small.why_not is None or self._small.never is None:
             return self._small.why_not
+        if self._queued.why_not is None or self._queued.never is None:
+            return self._queued.why_not
         return self._native.why_not
 
     @property
@@ -161,9 +168,10 @@ class TrainStep:
     @property
     def syncs(self) -> int:
         """Flags that a clean step reads from the device: none on the CPU, where there is no waiting, nor where the
-        kernels of small networks decide; else one. And one more for each all-reduce under DDP or FSDP2.
+        device decides (``path`` is ``"small"`` or ``"queued"``); else one. And one more for each all-reduce under DDP
+        or FSDP2.
         """
-        return 0 if self._reads_are_free or self.path == "small" else 1 + self._ranks.reductions
+        return 0 if self._reads_are_free or self.path in ("small", "queued") else 1 + self._ranks.reductions
 
     def __call__(self, inputs: Tensor | Sequence[Any] | Mapping[str, Any], target: Any = None) -> StepResult:
         """Take one step, or with ``accumulate`` a part of one; inputs: a tensor, or a tuple or dict of arguments."""
@@ -174,6 +182,13 @@ class TrainStep:
             decided = self._small.attempt(self, inputs, target)
             if decided is not None:
                 return self._decided_on_device(decided)
+        if self._queued.never is None:
+            self._check_call(target)
+            queued = self._queued.attempt(self, inputs, target)
+            if queued is not None:
+                value, self._window = queued
+                self.steps += 1
+                return StepResult(value, 1.0, self._window)
         outcome = self._native.again(inputs, target, self.clip_norm)
         if outcome is None:
             self._check_call(target)
@@ -245,6 +260,14 @@ class TrainStep:
         value = loss.detach().clone()
         self._batches.append(MicroBatch(inputs, target, value, before))
         return value
+
+    def _loss_and_gradients(self, inputs: Any, target: Any) -> tuple[Tensor, list[Tensor]]:
+        """A forward and backward that nothing has to be remembered of; the loss and the buffers to be looked at."""
+        with self._autocast():
+            output = call(self.model, inputs)
+            loss = checks.check_loss(own_loss(output) if self._loss is None else self._loss(output, target))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach().clone(), self._buffers.checked()
 
     def _finish(self) -> None:
         """Decide on the whole step, then let it stand or put everything back."""

@@ -1,4 +1,4 @@
-"""All that follows backward by one native call: the parameters and state of a ``torch.optim`` optimizer, on the CPU.
+"""All that follows backward by one native call: the parameters and state of a ``torch.optim`` optimizer.
 
 The optimizer's own objects stay the truth: state lies where torch would put it, under torch's names.
 """
@@ -32,9 +32,14 @@ class DeviceScale:
     reciprocal are normal float32 numbers above 0.
     """
 
-    def __init__(self, init: float = 65536.0, rule: ScaleRule = ScaleRule()) -> None:  # noqa: B008 - it is frozen
-        self.value = torch.tensor(check_scale("DeviceScale: init", init), dtype=torch.float32)
-        self.clean_steps = torch.zeros((), dtype=torch.int32)
+    def __init__(
+        self,
+        init: float = 65536.0,
+        rule: ScaleRule = ScaleRule(),  # noqa: B008 - it is frozen
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.value = torch.full((), check_scale("DeviceScale: init", init), dtype=torch.float32, device=device)
+        self.clean_steps = torch.zeros((), dtype=torch.int32, device=device)
         self.rule = rule
         self.numbers = (rule.growth, rule.backoff, rule.interval, rule.floor, rule.ceiling)
 
@@ -113,15 +118,28 @@ class FusedUpdate:
         if scale is not None:
             value, clean, rule = scale.value, scale.clean_steps, scale.numbers
         created: list[tuple[Tensor, list[str]]] = []
-        outcome = None
-        options = (clip_norm, _as_tensor(value), clean, _as_tensor(found_inf), rule, force)
+        outcome = self._made(
+            optimizer, created, clip_norm, _as_tensor(value), clean, _as_tensor(found_inf), rule, force
+        )
+        if outcome is None:
+            return _NOTHING
+        if created and not outcome[0]:
+            _forget(optimizer, created)
+            self._native = None
+        return Outcome(*outcome)
+
+    def _made(
+        self, optimizer: torch.optim.Optimizer, created: list[tuple[Tensor, list[str]]], *options: Any
+    ) -> tuple[Any, ...] | None:
+        """What the native call says of the step; None where there is nothing to update."""
+        outcome: tuple[Any, ...] | None = None
         try:
             if self._native is not None:
                 outcome = self._call(optimizer, *options)
             if outcome is None:
                 self._prepare(optimizer, created)
                 if not self.parameters:
-                    return _NOTHING
+                    return None
                 outcome = self._call(optimizer, *options)
             if outcome is None:
                 raise ArgumentError(
@@ -132,10 +150,7 @@ class FusedUpdate:
             self._native = None
             raise
         self._last = self._native
-        if created and not outcome[0]:
-            _forget(optimizer, created)
-            self._native = None
-        return Outcome(*outcome)
+        return outcome
 
     def census(self) -> list[tuple[int, int, int, float, float]]:
         """Of each parameter's gradient in the last step, scaled: NaN, Inf, first of them, absmax, sum of squares."""
@@ -196,11 +211,13 @@ def _fill(
     for name in (names[3], *names[:3]):
         if name == "step" and isinstance(state.get(name), (int, float)):
             state[name] = torch.tensor(float(state[name]))
+        if name == "step" and isinstance(state.get(name), Tensor) and state[name].device != parameter.device:
+            state[name] = state[name].to(parameter.device)  # where the step is decided
         if name is None or state.get(name) is not None:
             continue
         if name == "step":
             wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-            state[name] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+            state[name] = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=parameter.device)
         else:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
         made.append(name)
@@ -218,8 +235,8 @@ def _forget(optimizer: torch.optim.Optimizer, created: list[tuple[Tensor, list[s
 
 def _check(optimizer: torch.optim.Optimizer, index: int, position: int, parameter: Tensor) -> None:
     what = f"{type(optimizer).__name__}: parameter {position} of group {index}, shape {tuple(parameter.shape)},"
-    if parameter.device.type != "cpu":
-        raise ArgumentError(f"{what} is on {parameter.device}; this optimizer's kernels are the CPU's")
+    if parameter.device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"{what} is on {parameter.device}; this optimizer has kernels for the CPU and CUDA")
     if parameter.dtype not in _DTYPES:
         raise DtypeError(f"{what} is {parameter.dtype}; it must be float64, float32, bfloat16 or float16")
     gradient = parameter.grad

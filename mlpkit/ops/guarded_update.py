@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import mlpkit._ext  # noqa: F401 - loading the extension registers the operator
+from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError, DeviceError
 
 KINDS = ("sgd", "adam", "adamw", "rmsprop", "lars", "lamb")
@@ -129,15 +129,22 @@ def guarded_update(
 
     Bitwise the update of torch.optim's fused CPU kernels (SGD, Adam, AdamW) where the processor has FMA, after one
     rounding of gradient times factor; centred rmsprop counts a negative variance, which rounding makes, as 0.
-    Raises ArgumentError, ValueError or TypeError for tensors that do not fit each other, DeviceError off the CPU.
+    On CUDA nothing is read back, so that a graph can capture it; the launches are two (lamb three), one more for
+    float16 or eps 0, and the upload of the list, which ``mlpkit.guard.optim`` keeps there.
+    Raises ArgumentError, ValueError or TypeError for tensors that do not fit each other, DeviceError off CPU and CUDA.
     """
     if len(params) == 0:
         raise ArgumentError("guarded_update: params is empty; it must hold at least one tensor")
     if kind not in KINDS:
         raise ArgumentError(f"guarded_update: kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     for index, tensor in enumerate(params):
-        if tensor.device.type not in ("cpu", "meta"):
-            raise DeviceError(f"guarded_update: parameter {index} is on {tensor.device}; it must be on the CPU")
+        if tensor.device.type not in ("cpu", "cuda", "meta"):
+            raise DeviceError(f"guarded_update: parameter {index} is on {tensor.device}; it must be on the CPU or CUDA")
+        if tensor.device.type == "cuda" and _C.cuda_kernels() != "all":
+            raise DeviceError(
+                f"guarded_update: parameter {index} is on {tensor.device}, whose kernels no device has proven yet; "
+                "MLPKIT_CUDA_KERNELS=all takes them"
+            )
     with torch.no_grad():
         return Outcome(
             *torch.ops.mlpkit.guarded_update(
