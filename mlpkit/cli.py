@@ -12,6 +12,7 @@ from mlpkit.errors import MlpkitError
 _COMMANDS = {
     "bench": "mlpkit.bench._commands",
     "predict": "mlpkit.tune._commands",
+    "replay": "mlpkit.trace._commands",
     "trace": "mlpkit.trace._commands",
     "tune": "mlpkit.tune._commands",
 }

@@ -64,7 +64,8 @@ def test_the_first_failure_is_printed_and_written_and_the_script_keeps_its_outpu
     )
     assert result.stderr.splitlines()[0] == f"mlpkit: {found['sentence']}"
     assert "<html" in (folder / "out" / "report.html").read_text()
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["diagnosis.json", "report.html"]
+    written = ["bundle.mlpk", "diagnosis.json", "report.html"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == written
 
 
 def test_reports_go_to_the_current_folder_by_default(folder):

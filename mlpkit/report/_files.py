@@ -11,8 +11,8 @@ from pathlib import Path
 from mlpkit.errors import ArgumentError, MlpkitError, OutputError
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> Path:
-    """Write UTF-8 text: a temporary file beside ``path``, then a rename; folders on the way are made.
+def write_whole(path: str | os.PathLike[str], text: str | bytes) -> Path:
+    """Write UTF-8 text (or bytes): a temporary file beside ``path``, then a rename; folders on the way are made.
 
     Raises OutputError where the system refuses; nothing is left then, and an older file stays as it was.
     """
@@ -22,8 +22,8 @@ def write_whole(path: str | os.PathLike[str], text: str) -> Path:
         name = os.fspath(target.with_name(f".{target.name}.{secrets.token_hex(8)}"))
         handle = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # less what the umask forbids
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
-                stream.write(text)
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(text.encode() if isinstance(text, str) else text)
             os.replace(name, target)
         except BaseException:
             os.unlink(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlpkit.ops.census import Census, census
 from mlpkit.trace._diagnosis import Diagnosis
+from mlpkit.trace._replay import Replay, replay
 from mlpkit.trace._tracer import Tracer
 
-__all__ = ["Census", "Diagnosis", "Tracer", "census"]
+__all__ = ["Census", "Diagnosis", "Replay", "Tracer", "census", "replay"]

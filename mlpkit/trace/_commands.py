@@ -1,8 +1,9 @@
-"""The command ``mlpkit trace``."""
+"""The commands ``mlpkit trace`` and ``mlpkit replay``."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -21,7 +22,7 @@ from mlpkit.trace._runner import run
     type=click.Path(path_type=Path),
     default=Path("."),
     show_default="the current folder",
-    help="Where diagnosis.json and report.html go.",
+    help="Where diagnosis.json, report.html and bundle.mlpk go.",
 )
 @click.option("--level", type=click.Choice(["observe"]), default="observe", show_default=True, help="How much is seen.")
 @click.option(
@@ -46,11 +47,35 @@ def trace(module: bool, out: Path, level: str, fail_on: str, script: str, argume
     diagnosis = outcome.tracer.diagnosis
     click.echo(f"mlpkit: {diagnosis.sentence}", err=True)
     outcome.tracer.write_json(folder / "diagnosis.json")
-    try:
-        outcome.tracer.report(folder / "report.html")
-        report = str(out / "report.html")
-    except MissingExtraError as error:
-        report = str(error)
-    click.echo(f"mlpkit: {report}; {out / 'diagnosis.json'}", err=True)
+    extras = [
+        _written(lambda: outcome.tracer.report(folder / "report.html"), out / "report.html"),
+        str(out / "diagnosis.json"),
+        _written(lambda: outcome.tracer.bundle(folder / "bundle.mlpk"), out / "bundle.mlpk"),
+    ]
+    click.echo(f"mlpkit: {'; '.join(name for name in extras if name)}", err=True)
     failed = fail_on == "failure" and diagnosis.verdict == "failure"
     sys.exit(3 if failed else outcome.code)
+
+
+def _written(write: Callable[[], Path | None], path: Path) -> str:
+    """The file that was written, the extra that it needs, or nothing."""
+    try:
+        return str(path) if write() is not None else ""
+    except MissingExtraError as error:
+        return str(error)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def replay(bundle: Path) -> None:
+    """Run the first bad operation of a traced run again, from BUNDLE alone, without the script.
+
+    Exits 1 where the result is not the recorded one, bit for bit. Runs no code from the file.
+    """
+    from mlpkit.trace._replay import replay as run_again
+
+    found = run_again(bundle)
+    if found.recorded:
+        click.echo(f"recorded: {found.recorded}")
+    click.echo(f"replayed: {found}")
+    sys.exit(0 if found.same else 1)

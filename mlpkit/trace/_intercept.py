@@ -38,7 +38,7 @@ _OVERWRITERS = frozenset(
     }
 )
 # Schemas that hide a mutation: (running mean, running variance) are updated in training mode.
-_HIDDEN_WRITES = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
+HIDDEN_WRITES = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def _learn(func: OpOverload) -> Traits:
         alias = argument.alias_info
         if alias is not None and alias.is_write:
             writes.append(argument.name if argument.kwarg_only else position)
-    writes.extend(_HIDDEN_WRITES.get(name, ()))
+    writes.extend(HIDDEN_WRITES.get(name, ()))
     if namespace in _SKIPPED_NAMESPACES or schema.name == "mlpkit::census":
         kind = "skip"
     elif name in _ALLOCATORS:

@@ -196,6 +196,7 @@ class Observer:
             return
         record.finding = finding
         if not real:
+            finding.capture = self._roots.captures.take(call)
             self._begin(record, finding, self._step_size(call, which))
 
     def _meet_again(self, call: OpCall) -> None:

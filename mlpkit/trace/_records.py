@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from mlpkit.trace._capture import Capture
 
 
 class Scan(NamedTuple):
@@ -50,6 +53,7 @@ class Finding:
     exact: float | None = None
     limit: float | None = None
     shape: list[int] = field(default_factory=list)
+    capture: Capture | None = None  # what the operation was given
 
 
 @dataclass(slots=True, eq=False)

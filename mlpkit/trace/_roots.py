@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from mlpkit.trace import _cause, _shadow
+from mlpkit.trace._capture import Captures
 from mlpkit.trace._history import History
 from mlpkit.trace._intercept import OpCall, is_plain
 from mlpkit.trace._numbers import short, smallest
@@ -33,6 +34,7 @@ class Roots:
     """Looks at every finite result for numbers that were rounded away."""
 
     def __init__(self) -> None:
+        self.captures = Captures()
         self._asked: Counter[tuple[str, str]] = Counter()
 
     def look(self, call: OpCall, record: OpRecord, written: Sequence[torch.Tensor], scans: Sequence[Scan]) -> None:
@@ -50,6 +52,8 @@ class Roots:
             record.flat = True
         elif nothing_else or _suspicious(call, record, scans):
             record.underflow = _rounded(call, written, scans)
+            if record.underflow is not None:
+                record.underflow.capture = self.captures.take(call)
 
 
 def is_flat(call: OpCall) -> bool:

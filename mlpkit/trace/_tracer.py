@@ -14,6 +14,8 @@ import torch
 from mlpkit import _events
 from mlpkit.errors import ArgumentError
 from mlpkit.report import write_whole
+from mlpkit.trace._allowed import is_allowed
+from mlpkit.trace._capture import bundle
 from mlpkit.trace._diagnosis import Diagnosis, diagnose, healthy
 from mlpkit.trace._intercept import Interceptor, tensors_in
 from mlpkit.trace._observer import Observer
@@ -128,6 +130,22 @@ class Tracer:
     def write_json(self, path: str | os.PathLike[str]) -> Path:
         """Write ``diagnosis.json`` whole or not at all; raises OutputError where it cannot be written."""
         return write_whole(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    def bundle(self, path: str | os.PathLike[str]) -> Path | None:
+        """Write the first bad operation with all it was given, for ``mlpkit replay``; at most 50 MB.
+
+        None where there is nothing to run again: no failure, a value that came from outside, a random operation, or
+        one of more than 50 MB. Raises MissingExtraError without safetensors.
+        """
+        live = [incident for incident in self._observer.sinks.incidents if incident.live and not incident.intended]
+        if not live:
+            return None
+        first = min(live, key=lambda incident: incident.record.index)
+        root = first.root or first.record
+        finding = root.underflow if first.root is not None and root.underflow is not None else first.finding
+        if finding.capture is None or not finding.capture.tensors or not is_allowed(finding.capture.op):
+            return None
+        return write_whole(path, bundle(finding.capture, self.diagnosis.to_dict()))
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as one HTML page; raises MissingExtraError without the ``report`` extra."""
