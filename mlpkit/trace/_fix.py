@@ -44,6 +44,12 @@ def proposals(incident: Incident) -> list[dict[str, Any]]:
     """What to try, best first."""
     cause = incident.root_cause or incident.finding.cause
     found: list[tuple[str, str]] = []
+    if incident.still:
+        return _listed([_standstill(incident)])
+    if "_norm" in incident.record.op and cause == "zero_over_zero":
+        found.append(("eps", "give the normalisation an eps above 0, such as 1e-5"))
+    if cause in ("zero_times_inf", "inf_over_inf") and incident.root_text:
+        found.append(_BY_CAUSE["inf_minus_inf"])
     if cause == "hyperparameter":
         found.append(_hyperparameter(incident))
     elif cause == "overflow":
@@ -54,8 +60,35 @@ def proposals(incident: Incident) -> list[dict[str, Any]]:
         found.append(_BY_CAUSE["inf_over_inf"])
     if cause in _BY_CAUSE:
         found.append(_BY_CAUSE[cause])
+    return _listed(found)
+
+
+def _listed(found: list[tuple[str, str]]) -> list[dict[str, Any]]:
     unique = dict(found)
     return [{"kind": kind, "text": text, "verified": None} for kind, text in unique.items()]
+
+
+def _standstill(incident: Incident) -> tuple[str, str]:
+    """For parameters that stopped learning without a NaN."""
+    record, cause = incident.record, incident.root_cause or incident.finding.cause
+    if cause == "hyperparameter":
+        return "lower_lr", "lower the learning rate, or clip the gradient norm: one update threw the parameters too far"
+    if "norm" in record.op and record.place.phase == "optimizer":
+        return "clip", "take the gradient norm in float64, as mlpkit.guard does, or scale the loss down"
+    if cause == "overflow":
+        return "upcast", f"keep {record.op} within its range: scale its operands down, or compute it in a wider dtype"
+    if cause == "underflow" and record.place.phase == "optimizer":
+        return "keep_fp32", "keep float32 parameters (autocast instead of .half()), or raise the learning rate"
+    if cause == "underflow" and record.dtype in _LOW and record.place.phase == "backward":
+        return "scale_loss", "scale the loss (torch.amp.GradScaler or mlpkit.guard), or use bfloat16"
+    if cause == "underflow":
+        return (
+            "scale",
+            "bring its operands nearer to 0: smaller weights, a normalisation before it, or a loss on logits",
+        )
+    if cause == "external":
+        return "init", f"start where {record.op} has a slope: other biases or weights, leaky_relu, wider bounds"
+    return _BY_CAUSE.get(cause, ("check_input", f"look at what {record.op} is given"))
 
 
 def _hyperparameter(incident: Incident) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,6 +48,7 @@ class Tracer:
         self._unsubscribe: Any = None
         self.raised: str | None = None  # the exception that ended the block, by name
         self._stepped = False
+        self._verified: Diagnosis | None = None
         self._known_states = (0, -1)
         where = self._where
         where.on_root = self._know_module
@@ -102,6 +103,8 @@ class Tracer:
     @property
     def diagnosis(self) -> Diagnosis:
         """The first failure, or the healthy verdict."""
+        if self._verified is not None:
+            return self._verified
         failures = [found for found in self.diagnoses if found.verdict == "failure"]
         return failures[0] if failures else healthy(self.steps, self._observer.operations, self.raised)
 
@@ -146,6 +149,16 @@ class Tracer:
         if finding.capture is None or not finding.capture.tensors or not is_allowed(finding.capture.op):
             return None
         return write_whole(path, bundle(finding.capture, self.diagnosis.to_dict()))
+
+    def verify(self, program: Callable[[], Any]) -> Diagnosis:
+        """Run ``program``, the traced work again from its start, once with each proposal that can be carried out.
+
+        Returns the diagnosis with ``verified`` filled in: True where the failure is gone by the step it came at.
+        """
+        from mlpkit.trace._verify import verify
+
+        self._verified = verify(program, self.diagnosis)
+        return self._verified
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as one HTML page; raises MissingExtraError without the ``report`` extra."""
