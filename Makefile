@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := build/stamps/$(subst /,_,$(abspath $(VENV)))
 CLANG_FILES = $(shell find csrc tests/native tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' | sort)
 
-.PHONY: demo test bench lint format cuda-check instructions gpu clean
+.PHONY: demo test bench docs lint format cuda-check instructions gpu clean
 
 demo: $(STAMP).all
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -25,6 +25,10 @@ bench: RESULTS := benchmarks/results/cpu-$(shell date -u +%Y-%m-%d).json
 bench: $(STAMP).all
 	$(BIN)/mlpkit bench --out $(RESULTS) $(ARGS)
 	$(BIN)/python benchmarks/report.py $(RESULTS)
+
+# The site in build/site; warnings are errors. Examples that the tests have run are not run again.
+docs: $(STAMP).docs
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(STAMP).lint
 	$(BIN)/ruff check .
