@@ -28,7 +28,7 @@ bench: $(STAMP).all
 
 # The site in build/site; warnings are errors. Examples that the tests have run are not run again.
 docs: $(STAMP).docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP).lint
 	$(BIN)/ruff check .
