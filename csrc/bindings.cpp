@@ -12,6 +12,7 @@
 #include "ops/cuda_kernels.h"
 #include "ops/gemm.h"
 #include "ops/linear_act_dropout.h"
+#include "ops/look.h"
 #include "ops/mlp.h"
 #include "ops/mlp_norm.h"
 #include "ops/norm_act_dropout.h"
@@ -59,6 +60,17 @@ PYBIND11_MODULE(_C, m) {
   mlpkit::bind_population(m);
   mlpkit::bind_step(m);
   mlpkit::bind_update(m);
+
+  // -1 for what cannot be looked at.
+  m.def(
+      "peaks",
+      [](const std::vector<std::optional<at::Tensor>>& tensors) {
+        std::vector<double> found;
+        for (const auto& tensor : tensors)
+          found.push_back(tensor && mlpkit::plain(*tensor) ? mlpkit::peak(*tensor) : -1.0);
+        return found;
+      },
+      py::arg("tensors"), py::call_guard<py::gil_scoped_release>());
 
   m.def("cpu_capability", [] { return mlpkit::cpu::capability_name(mlpkit::cpu::capability()); });
   m.def("cpu_capabilities", &mlpkit::cpu::supported_capabilities);

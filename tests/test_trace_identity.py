@@ -236,7 +236,7 @@ def test_a_tracer_is_entered_once():
 
 
 def test_wrong_arguments_are_refused_by_name():
-    with pytest.raises(ArgumentError, match="level is 'all', must be one of observe"):
+    with pytest.raises(ArgumentError, match="level is 'all', must be one of observe, watch"):
         Tracer(level="all")
     with pytest.raises(ArgumentError, match="model is a list"):
         Tracer([nn.Linear(1, 1)])

@@ -24,7 +24,13 @@ from mlpkit.trace._runner import run
     show_default="the current folder",
     help="Where diagnosis.json, report.html and bundle.mlpk go.",
 )
-@click.option("--level", type=click.Choice(["observe"]), default="observe", show_default=True, help="How much is seen.")
+@click.option(
+    "--level",
+    type=click.Choice(["observe", "watch"]),
+    default="observe",
+    show_default=True,
+    help="Every operation, or module outputs, gradients and parameters once a step.",
+)
 @click.option(
     "--fail-on",
     type=click.Choice(["never", "failure"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +19,10 @@ from mlpkit.trace._capture import bundle
 from mlpkit.trace._diagnosis import Diagnosis, diagnose, healthy
 from mlpkit.trace._intercept import Interceptor, tensors_in
 from mlpkit.trace._observer import Observer
+from mlpkit.trace._watching import Watching
 from mlpkit.trace._where import Surroundings
 
-_LEVELS = ("observe",)
+_LEVELS = ("observe", "watch")
 
 
 class Tracer:
@@ -34,7 +35,9 @@ class Tracer:
         print(tracer.diagnosis)
 
     model: names modules as its ``named_modules()`` does; without it the first module called from outside is taken as
-    root. level: ``"observe"``, every operation. Tracing changes no loss, gradient, parameter or random number.
+    root. level: ``"observe"``, every operation; ``"watch"``, module outputs, gradients, parameters and buffers once a
+    step, and the operations of a step only once it went wrong. Tracing changes no loss, gradient, parameter or random
+    number.
     """
 
     def __init__(self, model: torch.nn.Module | None = None, level: str = "observe") -> None:
@@ -60,10 +63,16 @@ class Tracer:
         where.name_of = self._name_of
         if model is not None:
             self._know_module(model)
+        self._watching = Watching(model, self._observe) if level == "watch" else None
+        self._entered = False
 
     def __enter__(self) -> Tracer:
-        if self._interceptor is not None:
+        if self._entered:
             raise ArgumentError("Tracer: already entered; make a new Tracer for another run")
+        self._entered = True
+        if self._watching is not None:
+            self._watching.open()
+            return self
         self._interceptor = Interceptor(self._observer)
         self._unsubscribe = _events.subscribe(self._hear)
         self._where.open()
@@ -73,9 +82,11 @@ class Tracer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._interceptor is not None
         # A SystemExit is an ending that a program chose.
         self.raised = kind.__name__ if kind is not None and not issubclass(kind, SystemExit) else None
+        if self._watching is not None:
+            return self._watching.close()
+        assert self._interceptor is not None
         self._interceptor.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         self._where.close()
         self._unsubscribe()
@@ -86,14 +97,16 @@ class Tracer:
     def next_step(self) -> None:
         """Begin a step; the first call opens step 0, and from then on optimizer steps no longer count."""
         self._where.counting = False
+        if self._watching is not None:
+            self._watching.counting = False
         if self._stepped:
-            self._where.next_step()
+            (self._where if self._watching is None else self._watching).next_step()
         self._stepped = True
 
     @property
     def steps(self) -> int:
         """Steps seen so far."""
-        return self._where.step + 1
+        return self._where.step + 1 if self._watching is None else self._watching.steps
 
     @property
     def operations(self) -> int:
@@ -102,15 +115,23 @@ class Tracer:
 
     @property
     def diagnosis(self) -> Diagnosis:
-        """The first failure, or the healthy verdict."""
+        """The first failure, else the first warning, else the healthy verdict."""
         if self._verified is not None:
             return self._verified
-        failures = [found for found in self.diagnoses if found.verdict == "failure"]
-        return failures[0] if failures else healthy(self.steps, self._observer.operations, self.raised)
+        found = self.diagnoses
+        for verdict in ("failure", "warning"):
+            first = next((one for one in found if one.verdict == verdict), None)
+            if first is not None:
+                return first
+        if self._watching is not None:
+            return self._watching.healthy(self.raised)
+        return healthy(self.steps, self._observer.operations, self.raised)
 
     @property
     def diagnoses(self) -> list[Diagnosis]:
         """Everything found, in the order in which it began; benign findings included. Empty for a clean run."""
+        if self._watching is not None:
+            return self._watching.diagnoses()
         incidents = sorted(self._observer.sinks.incidents, key=lambda incident: incident.record.index)
         found = [diagnose(incident) for incident in incidents if not incident.intended]
         unique: dict[tuple[object, ...], Diagnosis] = {}
@@ -164,7 +185,20 @@ class Tracer:
         """Write the report as one HTML page; raises MissingExtraError without the ``report`` extra."""
         from mlpkit.trace._page import page
 
-        return write_whole(path, page(self, self._observer.history))
+        history = self._observer.history if self._watching is None else self._watching.watch.history()
+        return write_whole(path, page(self, history))
+
+    def _observe(self, step: int, model: torch.nn.Module | None) -> Tracer:
+        """A tracer of every operation, for a step that watch found."""
+        tracer = Tracer(model)
+        tracer._where.step = step
+        tracer._where.counting = False
+        return tracer
+
+    def _reached(self, tensors: Sequence[torch.Tensor], kind: str) -> None:
+        """What a replayed call gave: a bad value in it is one that mattered."""
+        for tensor in tensors:
+            self._observer.sinks.reach_if_bad(tensor, kind)
 
     # What the program tells about itself.
 

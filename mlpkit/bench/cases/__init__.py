@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mlpkit.bench.case import Case, Settings
-from mlpkit.bench.cases import census, dropout, guard, layer, norm, step, threads, tiny, update, wide
+from mlpkit.bench.cases import census, dropout, guard, layer, norm, step, threads, tiny, trace, update, wide
 from mlpkit.bench.peak import Peaks
 from mlpkit.errors import ArgumentError
 
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     "guard": guard.cases,
     "update": update.cases,
     "census": census.cases,
+    "trace": trace.cases,
 }
 
 

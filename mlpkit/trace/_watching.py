@@ -1,0 +1,232 @@
+"""The watch level: hooks that fill the ring, and the escalation from a bad step to the operation behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+import torch
+from torch.nn.modules import module as torch_module
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from mlpkit.trace._diagnosis import Diagnosis
+from mlpkit.trace._held import Held
+from mlpkit.trace._numbers import short
+from mlpkit.trace._watch import Warned, Watch
+
+_MOST_HELD = 16  # calls of a root in one step
+
+
+class Watching:
+    """Watches one thread's modules and optimizers; ``observe`` makes a tracer for a step's replay."""
+
+    def __init__(self, model: torch.nn.Module | None, observe: Callable[[int, torch.nn.Module | None], Any]) -> None:
+        self.watch = Watch()
+        self.found: list[Diagnosis] = []
+        self.counting = True
+        self.observing: Any = None  # the tracer that follows once a step could not be replayed
+        self._model = model
+        self._observe = observe
+        self._names: dict[int, tuple[ref[torch.nn.Module], str]] = {}
+        self._depth = 0
+        self._held: list[Held] = []
+        self._bad = ""
+        self._answered = False
+        self._ended = False
+        self._paused = False
+        self._removers: list[Callable[[], None]] = []
+        self._known: dict[int, tuple[list[str], list[torch.Tensor], list[str], list[torch.Tensor]]] = {}
+        self._roots: dict[int, ref[torch.nn.Module]] = {}
+
+    @property
+    def step(self) -> int:
+        """The step that runs."""
+        return self.watch.row.step
+
+    def open(self) -> None:
+        """Attach all hooks."""
+        for hook in (
+            torch_module.register_module_forward_pre_hook(self._enter),
+            torch_module.register_module_forward_hook(self._leave, always_call=True),
+            register_optimizer_step_pre_hook(self._before_update),
+            register_optimizer_step_post_hook(self._after_update),
+        ):
+            self._removers.append(hook.remove)
+        if self._model is not None:
+            self._adopt(self._model)
+
+    def close(self) -> None:
+        """Detach everything; judge what is left."""
+        while self._removers:
+            self._removers.pop()()
+        if self._bad:
+            self._answer()
+        if self.observing is not None:
+            self.observing.__exit__(None, None, None)
+        if self.watch.row.outputs or self.watch.row.gradients:
+            self.watch.end_step()
+
+    def next_step(self) -> None:
+        """Begin the next step."""
+        if self._bad:
+            self._answer()
+        self.watch.end_step()
+        self._held, self._ended, self._answered = [], False, False
+        if self.observing is not None:
+            self.observing.next_step()
+
+    @property
+    def steps(self) -> int:
+        """Steps seen so far."""
+        begun = bool(self.watch.row.outputs or self.watch.row.gradients)
+        return max(1, self.watch.row.step + begun)
+
+    def healthy(self, raised: str | None) -> Diagnosis:
+        """The verdict of a run in which nothing was found."""
+        count = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        sentence = f"No failure in {count}: no output of a module, gradient, parameter or buffer held NaN or Inf."
+        if raised:
+            sentence += f" The program ended with {raised}."
+        return Diagnosis("healthy", sentence, evidence={"steps": self.steps})
+
+    def diagnoses(self) -> list[Diagnosis]:
+        """Failures found by replay, then warnings."""
+        later = self.observing.diagnoses if self.observing is not None else []
+        return [*self.found, *later, *(_warning(one) for one in self.watch.warnings.values())]
+
+    # Hooks.
+
+    def _adopt(self, root: torch.nn.Module) -> None:
+        for name, module in root.named_modules():
+            self._names[id(module)] = ref(module), name
+        self._roots[id(root)] = ref(root)
+        self._removers.append(root.register_forward_pre_hook(self._hold, with_kwargs=True).remove)
+
+    def _name(self, module: torch.nn.Module) -> str | None:
+        known = self._names.get(id(module))
+        return known[1] if known is not None and known[0]() is module else None
+
+    def _enter(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self._depth += 1
+        if self._depth > 1 or self._paused or torch._C._current_graph_task_id() != -1:
+            return
+        if self._ended and self.counting:
+            self.next_step()
+        known = self._roots.get(id(module))
+        if known is None or known() is not module:
+            self._adopt(module)
+            self._hold(module, args, {})  # its own hook begins with the next call
+
+    def _hold(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._depth == 1 and not self._paused and len(self._held) < _MOST_HELD:
+            self._held.append(Held(module, args, kwargs))
+
+    def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._paused or torch._C._current_graph_task_id() != -1:
+            return
+        name = self._name(module)
+        if name is not None and self.watch.output(name, output) and not self._bad:
+            self._bad = f"the output of `{name}`"
+        if self._depth == 0 and self._held and self._held[-1].root is module:
+            self._held[-1].listen(output)
+
+    def _tensors_of(self, optimizer: Optimizer) -> tuple[list[str], list[torch.Tensor], list[str], list[torch.Tensor]]:
+        """Names and parameters of an optimizer, then of the roots' buffers."""
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        known = self._known.get(id(optimizer))
+        if known is not None and len(known[1]) == len(parameters) and known[1][0] is parameters[0]:
+            return known
+        names: dict[int, str] = {}
+        buffers: dict[str, torch.Tensor] = {}
+        for weak in self._roots.values():
+            root = weak()
+            if root is not None:
+                names.update((id(one), name) for name, one in root.named_parameters())
+                buffers.update((name, one) for name, one in root.named_buffers() if one.is_floating_point())
+        own = [names.get(id(one), f"parameter {index}") for index, one in enumerate(parameters)]
+        known = self._known[id(optimizer)] = own, parameters, list(buffers), list(buffers.values())
+        return known
+
+    def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._paused:
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return  # a gradient scaler lets the optimizer skip by itself
+        names, parameters, _, _ = self._tensors_of(optimizer)
+        if self.watch.gradients(names, [one.grad for one in parameters]) and not self._bad:
+            name = next(name for kind, name in self.watch.row.bad() if kind == "gradient")
+            self._bad = f"the gradient of `{name}`"
+        if self._bad:
+            self._answer()
+
+    def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._paused:
+            return
+        names, parameters, buffer_names, buffers = self._tensors_of(optimizer)
+        if self.watch.parameters([*names, *buffer_names], [*parameters, *buffers]) and not self._answered:
+            name = next(name for kind, name in self.watch.row.bad() if kind == "parameter")
+            self._say(f"`{name}`", "the update itself has been made", name)
+        self._ended = True
+
+    # From a bad step to its operation.
+
+    def _answer(self) -> None:
+        """Replay the step's calls under observe; where that explains nothing, observe what follows."""
+        what, self._bad = self._bad, ""
+        if self._answered or self.observing is not None:
+            return
+        self._answered = self._paused = True
+        try:
+            why = self._replay()
+            if not why:
+                return
+        finally:
+            self._paused = False
+        self._say(what, why, "")
+
+    def _replay(self) -> str:
+        """Run the step's calls again; says why that explains nothing, or nothing at all."""
+        if any(held.changed() for held in self._held):
+            return "inputs or parameters were changed in place since"
+        for held in self._held:
+            tracer = self._observe(self.step, self._model or held.root)
+            try:
+                held.replay(tracer)
+            except Exception as error:  # noqa: BLE001 - whatever the model raises must not end the program
+                return f"running the model again raised {type(error).__name__}"
+            failures = [one for one in tracer.diagnoses if one.verdict == "failure"]
+            self.found += failures
+            if failures:
+                return ""
+        return "it did not arise inside the modules"
+
+    def _say(self, what: str, why: str, module: str) -> None:
+        self._answered = True
+        sentence = f"Step {self.step}: {what} holds NaN or Inf; the step cannot be replayed ({why})"
+        if self.observing is None and self._removers:
+            self.observing = self._observe(self.step, self._model)
+            self.observing.__enter__()
+            sentence += "; the steps that follow are observed"
+        self.found.append(Diagnosis("failure", sentence + ".", self.step, module=module.rpartition(".")[0]))
+
+
+def _warning(one: Warned) -> Diagnosis:
+    what = {"output": "", "gradient": "the gradient of ", "parameter": ""}[one.kind]
+    name = one.name or "the model"
+    steps = "1 step" if one.steps_left == 1 else f"{one.steps_left} steps"
+    sentence = (
+        f"Step {one.step}: {what}`{name}` will pass {short(one.limit)} in about {steps}; it is {short(one.absmax)} now."
+    )
+    module = one.name if one.kind == "output" else one.name.rpartition(".")[0]
+    phase = {"output": "forward", "gradient": "backward", "parameter": "optimizer"}[one.kind]
+    evidence = {
+        "kind": one.kind,
+        "name": one.name,
+        "absmax": one.absmax,
+        "limit": one.limit,
+        "steps_left": one.steps_left,
+    }
+    return Diagnosis("warning", sentence, one.step, phase, module=module, cause="explosion", evidence=evidence)
