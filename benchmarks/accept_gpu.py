@@ -49,6 +49,7 @@ def test(inside: dict[str, str]) -> int:
     runner = [sys.executable, str(ROOT / ".ci" / "run_installed.py"), "-m", "cuda", "-c", str(ROOT / "pyproject.toml")]
     code = run("tests, proven kernels", [*runner, str(ROOT / "tests")], **inside)
     layers = sorted(map(str, (ROOT / "tests").glob("test_linear_act_dropout*.py")))
+    layers += [str(ROOT / "tests" / name) for name in ("test_guarded_update_cuda.py", "test_census_cuda.py")]
     everything = {**inside, "MLPKIT_CUDA_KERNELS": "all"}
     code = run("tests, all kernels", [*runner, *layers], **everything) or code
     sanitizer = shutil.which("compute-sanitizer")
@@ -100,7 +101,7 @@ def main() -> int:
         code = test(inside)
     path = _results_path(args.results.resolve())
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name in ("gpu.py", "gpu_step.py", "gpu_wide.py"):
+    for name in ("gpu.py", "gpu_step.py", "gpu_wide.py", "gpu_update.py"):
         script = ROOT / "benchmarks" / name
         code = run(f"benchmarks, {name}", [sys.executable, str(script), "--out", str(path)], **inside) or code
     return code

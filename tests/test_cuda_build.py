@@ -29,6 +29,7 @@ REGISTERS = {
     "11multiply_dzI": 255,
     "10add_sharesI": 64,
     "6censusE": 128,
+    "5countENS0_10CensusArgs": 64,
     "7attemptE": 128,
     "6uploadE": 128,
     "13number_chunksE": 128,
@@ -52,8 +53,9 @@ INSTRUCTIONS = {
     ],
     "9add_partsE": [WIDE_LOAD],
     "13update_or_notE": [WIDE_LOAD, WIDE_STORE],
-    "6censusE": [WIDE_LOAD, r"\bDFMA\b", r"\b(RED|ATOMG?)\.E(\.\w+)*\.MAX\b"],
+    "6censusE": [WIDE_LOAD, r"\bDFMA\b", r"\b(REDG?|ATOMG?)\.E(\.\w+)*\.MAX\b"],
     "6updateI": [WIDE_LOAD, WIDE_STORE],
+    "5countENS0_10CensusArgs": [WIDE_LOAD, r"\bATOMG?\.E(\.\w+)*\.MAX\b|\bREDG?\.E(\.\w+)*\.MAX\b"],
 }
 TENSOR_CORES = ("12stream_tilesI", "11multiply_dzI", "9pass_rowsI")
 
@@ -169,5 +171,5 @@ def test_a_cuda_build_registers_its_kernels():
     if not _build_config.CUDA:
         pytest.skip("mlpkit was built without CUDA")
     assert _C is not None
-    for op in ("linear_act_dropout_forward", "linear_act_dropout_backward"):
+    for op in ("linear_act_dropout_forward", "linear_act_dropout_backward", "guarded_update", "census"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mlpkit::{op}", "CUDA"), op

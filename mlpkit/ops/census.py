@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import mlpkit._ext  # noqa: F401 - loading the extension registers the operator
+from mlpkit import _build_config
+from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError, DtypeError
 
 BINS = 64
@@ -64,15 +65,18 @@ class Census:
 def census(tensor: Tensor, *, histogram: bool = False) -> Census:
     """Count a tensor's NaN, Inf, zero, subnormal and out-of-float16 elements, with its extremes, in one pass.
 
-    tensor: float64, float32, float16 or bfloat16, any shape and strides, empty too; a CUDA tensor is counted on the
-    host. histogram: also count exponents. Raises ArgumentError for what is no dense tensor, DtypeError for another
-    dtype.
+    tensor: float64, float32, float16 or bfloat16, any shape and strides, empty too; a CUDA tensor is counted there with
+    ``MLPKIT_CUDA_KERNELS=all``, otherwise on the host. histogram: also count exponents. Raises ArgumentError for what
+    is no dense tensor, DtypeError for another dtype.
     """
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
         raise ArgumentError(f"census: got {_describe(tensor)}, must be a dense tensor")
     if tensor.dtype not in _DTYPES:
         raise DtypeError(f"census: the tensor is {tensor.dtype}, must be float64, float32, float16 or bfloat16")
-    counts, extremes, bins = torch.ops.mlpkit.census([tensor.detach().cpu()], histogram)
+    here = tensor.detach()
+    if not (here.is_cuda and _build_config.CUDA and _C.cuda_kernels() == "all"):
+        here = here.cpu()
+    counts, extremes, bins = torch.ops.mlpkit.census([here], histogram)
     nan, posinf, neginf, zero, subnormal, above, below, first = counts[0].tolist()
     absmax, min_nonzero = extremes[0].tolist()
     return Census(
