@@ -158,6 +158,18 @@ def test_training_is_bit_identical(bad_step):
         assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
+def test_a_container_is_noted_once_with_its_last_child_and_every_other_module_by_itself():
+    class Doubling(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    model = nn.Sequential(nn.Sequential(Doubling(), Doubling()), Doubling())
+    with Tracer(model, level="watch") as tracer, torch.no_grad():
+        for _ in range(5):
+            model(torch.ones(2, 2))
+    assert tracer._watching.watch.rows[-1].outputs == {"0.0": 2.0, "0.1": 4.0, "1": 8.0}
+
+
 def test_scale_calibration_is_no_failure():
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)

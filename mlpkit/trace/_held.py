@@ -17,14 +17,21 @@ if TYPE_CHECKING:
 class Held:
     """One call of a root module: its inputs, the random state, and the gradient that came back."""
 
-    def __init__(self, root: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        parameters: Sequence[torch.Tensor],
+    ) -> None:
         self.root, self.args, self.kwargs = root, args, kwargs
         self.random = torch.get_rng_state()
         self.graph = torch.is_grad_enabled()
         self.autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         self.gradient: torch.Tensor | None = None
-        self._inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        self._inputs = [value for value in (*self._inputs, *root.parameters()) if not value.is_inference()]
+        values = (*args, *kwargs.values())
+        self._inputs = [one for one in values if isinstance(one, torch.Tensor) and not one.is_inference()]
+        self._inputs += parameters
         self._versions = [value._version for value in self._inputs]
 
     def listen(self, output: Any) -> None:

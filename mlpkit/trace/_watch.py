@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 
@@ -60,14 +61,14 @@ class Watch:
         self.row = Row(0)
         self.limits: dict[tuple[str, str], float] = {}
         self.warnings: dict[tuple[str, str], Warned] = {}
-        self._last: int = 0
+        self._last: ReferenceType[torch.Tensor] | None = None
 
     def output(self, name: str, output: Any) -> bool:
         """Note a module's output; says whether it holds NaN or Inf. A container's output is its last child's."""
-        tensors = _tensors(output)
-        if len(tensors) == 1 and id(tensors[0]) == self._last:
+        tensors = [output] if isinstance(output, torch.Tensor) else _tensors(output)
+        if len(tensors) == 1 and self._last is not None and self._last() is tensors[0]:
             return False
-        self._last = id(tensors[0]) if tensors else 0
+        self._last = ref(tensors[0]) if tensors else None
         peak = max(_C.peaks(tensors), default=-1.0)
         if peak < 0:
             return False
@@ -88,21 +89,19 @@ class Watch:
     def _fill(
         self, row: dict[str, float], kind: str, names: Sequence[str], tensors: Sequence[torch.Tensor | None]
     ) -> bool:
-        bad = False
-        for name, tensor, peak in zip(names, tensors, _C.peaks(tensors), strict=True):
-            if peak < 0 or tensor is None:
-                continue
-            row[name] = peak
-            bad = bad or peak == math.inf
-            if len(self.rows) < 2:
-                self.limits[kind, name] = _limit(tensor)
-        return bad
+        peaks = _C.peaks(tensors)
+        row.update((name, peak) for name, peak in zip(names, peaks, strict=True) if peak >= 0)
+        if len(self.rows) < 2:
+            self.limits.update(
+                ((kind, name), _limit(one)) for name, one in zip(names, tensors, strict=True) if one is not None
+            )
+        return math.inf in peaks
 
     def end_step(self) -> None:
         """Close the row; look for trends now and then."""
         self.rows.append(self.row)
         self.row = Row(self.row.step + 1)
-        self._last = 0
+        self._last = None
         if len(self.rows) >= _TREND and self.row.step % (_TREND // 2) == 0:
             self._look_ahead()
 

@@ -38,6 +38,7 @@ class Watching:
         self._removers: list[Callable[[], None]] = []
         self._known: dict[int, tuple[list[str], list[torch.Tensor], list[str], list[torch.Tensor]]] = {}
         self._roots: dict[int, ref[torch.nn.Module]] = {}
+        self._own: dict[int, list[torch.Tensor]] = {}  # parameters of each root
 
     @property
     def step(self) -> int:
@@ -101,6 +102,7 @@ class Watching:
         for name, module in root.named_modules():
             self._names[id(module)] = ref(module), name
         self._roots[id(root)] = ref(root)
+        self._own[id(root)] = [one for one in root.parameters() if not one.is_inference()]
         self._removers.append(root.register_forward_pre_hook(self._hold, with_kwargs=True).remove)
 
     def _name(self, module: torch.nn.Module) -> str | None:
@@ -120,7 +122,7 @@ class Watching:
 
     def _hold(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._depth == 1 and not self._paused and len(self._held) < _MOST_HELD:
-            self._held.append(Held(module, args, kwargs))
+            self._held.append(Held(module, args, kwargs, self._own[id(module)]))
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         self._depth = max(0, self._depth - 1)
