@@ -1,11 +1,13 @@
 """What a trace leaves behind: diagnosis.json (schema version 1) and the page."""
 
+import io
 import json
 import math
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from mlpkit.errors import MissingExtraError
@@ -100,6 +102,42 @@ def test_the_page_shows_sentence_chain_evidence_and_fix_and_escapes_names(failed
         assert f">{heading}<" in body
     assert "http://" not in body.split("<script")[0]
     assert "https://" not in body.split("<script")[0]
+
+
+def test_the_page_shows_exponents_of_operands_and_result(failed, tmp_path):
+    page = failed.report(tmp_path / "report.html").read_text()
+    assert ">Exponents<" in page
+    assert "operand 1" in page
+    assert "result" in page
+
+
+def test_the_log_has_a_line_for_each_step_and_each_diagnosis(failed, tmp_path):
+    lines = [json.loads(line) for line in failed.write_jsonl(tmp_path / "trace.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    found = [line for line in lines if line["kind"] == "diagnosis"]
+    assert [line["step"] for line in steps] == [0, 1, 2, 3]
+    assert math.isfinite(steps[0]["loss"])
+    assert "<b>&fc" in steps[0]["modules"]
+    assert found[0]["op"] == failed.diagnosis.op
+
+
+def test_tensorboard_events_or_the_pip_line(failed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "mlpkit\[tensorboard\]"'):
+        failed.write_tensorboard(tmp_path)
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard")
+    assert list(failed.write_tensorboard(tmp_path).iterdir())
+
+
+def test_the_terminal_shows_chain_evidence_and_fix_and_reads_no_markup(failed):
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(failed.diagnosis)
+    text = console.export_text()
+    assert text.startswith(f"failure: {failed.diagnosis.sentence[:60]}")
+    assert "<b>&fc" in text
+    assert "exact (fp64)" in text
+    assert f"try: {failed.diagnosis.fix[0]['text'][:40]}" in text
 
 
 def test_a_healthy_page_says_so(tmp_path):

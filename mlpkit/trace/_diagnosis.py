@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlpkit.trace._fix import proposals
 from mlpkit.trace._numbers import short
 from mlpkit.trace._records import Incident, Link
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 SCHEMA_VERSION = 1
 
@@ -43,6 +46,12 @@ class Diagnosis:
 
     def __str__(self) -> str:
         return self.sentence
+
+    def __rich__(self) -> Group:
+        """Sentence, chain, evidence and fixes, for ``rich.print`` and notebooks with rich."""
+        from mlpkit.trace._terminal import view
+
+        return view(self)
 
 
 def healthy(steps: int, operations: int, raised: str | None = None) -> Diagnosis:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mlpkit.report import Block, Fact, Figure, Notes, Section, Table, Text, render_page
 from mlpkit.trace._diagnosis import Diagnosis
+from mlpkit.trace._exponents import exponents
 from mlpkit.trace._history import History
 from mlpkit.trace._numbers import limit, short
 
@@ -33,6 +35,7 @@ _CAUSES = {
     "hyperparameter": "A setting of the optimizer drove the numbers away",
     "explosion": "Magnitudes grew layer by layer until one passed the dtype's largest number",
 }
+_OUTCOMES = {True: " (verified: run with it, the failure is gone)", False: " (run with it, it still fails)", None: ""}
 _CHAIN_COLUMNS = ("step", "phase", "op", "module", "stage", "cause", "detail")
 _STAGE_COLOURS = {
     "explosion": "var(--accent)",
@@ -48,6 +51,9 @@ def page(tracer: Tracer, history: History) -> str:
     first = tracer.diagnosis
     bad = first.verdict == "failure"
     sections = [*_failure_sections(first)] if bad else []
+    capture = tracer.capture if bad else None
+    if capture is not None:
+        sections.append(exponents(capture))
     sections += _magnitudes(first, history)
     others = [found for found in tracer.diagnoses if found.to_dict() != first.to_dict()]
     if others:
@@ -106,8 +112,17 @@ def _failure_sections(first: Diagnosis) -> list[Section]:
     return [
         Section("Chain", chain, "From the root to where the value mattered."),
         Section("Evidence", [_evidence(first)], "The first bad element and what went into it."),
-        Section("What to change", [Notes([str(fix["text"]) for fix in first.fix])], "Proposals, not yet re-run."),
+        Section("What to change", [Notes([_fix(fix) for fix in first.fix])], _tried(first)),
     ]
+
+
+def _fix(fix: dict[str, Any]) -> str:
+    return f"{fix['text']}{_OUTCOMES[fix['verified']]}"
+
+
+def _tried(first: Diagnosis) -> str:
+    tried = any(fix["verified"] is not None for fix in first.fix)
+    return "Proposals, run again where they could be carried out." if tried else "Proposals, not yet re-run."
 
 
 def _chain_figure(first: Diagnosis) -> Figure:
@@ -230,8 +245,9 @@ def _heatmap(history: History, failed: int | None) -> Figure:
 
 
 def _environment(tracer: Tracer) -> Table:
-    threads = torch.get_num_threads()
-    return Table(("what", "value"), [("torch", torch.__version__), ("threads", threads), ("steps", tracer.steps)])
+    rows: list[tuple[str, object]] = [("torch", torch.__version__), ("threads", torch.get_num_threads())]
+    rows += [("python", platform.python_version()), ("system", platform.platform(terse=True))]
+    return Table(("what", "value"), [*rows, ("steps", tracer.steps)])
 
 
 def _escaped(text: str) -> str:

@@ -15,9 +15,10 @@ from mlpkit import _events
 from mlpkit.errors import ArgumentError
 from mlpkit.report import write_whole
 from mlpkit.trace._allowed import is_allowed
-from mlpkit.trace._capture import bundle
+from mlpkit.trace._capture import Capture, bundle
 from mlpkit.trace._diagnosis import Diagnosis, diagnose, healthy
 from mlpkit.trace._intercept import Interceptor, tensors_in
+from mlpkit.trace._log import write_events, write_lines
 from mlpkit.trace._observer import Observer
 from mlpkit.trace._watching import Watching
 from mlpkit.trace._where import Surroundings
@@ -155,21 +156,35 @@ class Tracer:
         """Write ``diagnosis.json`` whole or not at all; raises OutputError where it cannot be written."""
         return write_whole(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
+    def write_jsonl(self, path: str | os.PathLike[str]) -> Path:
+        """Write a log: a line of JSON for each step (loss, largest magnitudes) and for each diagnosis."""
+        return write_lines(path, self._observer.history, self.diagnoses)
+
+    def write_tensorboard(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the same as TensorBoard events; raises MissingExtraError without tensorboard."""
+        return write_events(folder, self._observer.history, self.diagnoses)
+
     def bundle(self, path: str | os.PathLike[str]) -> Path | None:
         """Write the first bad operation with all it was given, for ``mlpkit replay``; at most 50 MB.
 
         None where there is nothing to run again: no failure, a value that came from outside, a random operation, or
         one of more than 50 MB. Raises MissingExtraError without safetensors.
         """
+        capture = self.capture
+        if capture is None or not is_allowed(capture.op):
+            return None
+        return write_whole(path, bundle(capture, self.diagnosis.to_dict()))
+
+    @property
+    def capture(self) -> Capture | None:
+        """The call that went wrong first, with what it was given; None where none was kept."""
         live = [incident for incident in self._observer.sinks.incidents if incident.live and not incident.intended]
         if not live:
             return None
         first = min(live, key=lambda incident: incident.record.index)
         root = first.root or first.record
         finding = root.underflow if first.root is not None and root.underflow is not None else first.finding
-        if finding.capture is None or not finding.capture.tensors or not is_allowed(finding.capture.op):
-            return None
-        return write_whole(path, bundle(finding.capture, self.diagnosis.to_dict()))
+        return finding.capture if finding.capture is not None and finding.capture.tensors else None
 
     def verify(self, program: Callable[[], Any]) -> Diagnosis:
         """Run ``program``, the traced work again from its start, once with each proposal that can be carried out.
