@@ -1,7 +1,6 @@
 """Where do NaN and Inf come from, one by one?
 
-Six innocent operations, each traced: the tracer names the operation, its operands and the cause, and it tells an
-Inf that came from outside from one that the program made.
+Eight innocent operations, each traced: the tracer names the operation that went wrong first, and the causes in order.
 """
 
 import torch

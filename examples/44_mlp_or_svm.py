@@ -1,7 +1,7 @@
 """MLP or kernel SVM?
 
 Sensitivity: both scored over a range of their main setting. Cost: an SVM's training time grows faster than its rows,
-an MLP's epoch with them; the SVM is dropped when it stops being reasonable (5 s), the MLP goes on to a million rows.
+an MLP's epoch with them; the SVM is dropped when it stops being reasonable (10 s), the MLP goes on to a million rows.
 """
 
 import time
@@ -54,7 +54,7 @@ def main(out=None, sizes=SIZES):
         )
         best = settings[int(np.argmax(scores))]
         for rows in sizes:
-            if kind == "SVM" and 20 * found[kind]["seconds"].get(rows // 4, 0) > 5:
+            if kind == "SVM" and 20 * found[kind]["seconds"].get(rows // 4, 0) > 10:
                 break  # four times the rows would take about 16 to 20 times as long
             epochs = max(1, 200_000 // rows)
             accuracy, found[kind]["seconds"][rows] = score(kind, best, *draw(rows, 0), x_test, y_test, min(50, epochs))
@@ -68,7 +68,7 @@ def main(out=None, sizes=SIZES):
     left.legend()
     save(figure, out)
     print(
-        "The SVM was left at the size where the next would have taken more than 5 s; the MLP saw each row "
+        "The SVM was left at the size where the next would have taken more than 10 s; the MLP saw each row "
         "of a million once."
     )
     return found
