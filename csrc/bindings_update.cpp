@@ -10,6 +10,7 @@
 #include "bindings_watch.h"
 #include "ops/guarded_update.h"
 #include "ops/guarded_update_device.h"
+#include "ops/huge_pages.h"
 
 namespace mlpkit {
 namespace {
@@ -53,8 +54,10 @@ class OptimizerUpdate {
     for (const auto& group : groups_)
       for (const py::object& parameter : group)
         if (std::find(taken.begin(), taken.end(), parameter.ptr()) == taken.end()) idle_.push_back(parameter);
-    for (const GuardedRow& row : this->rows())
+    for (const GuardedRow& row : this->rows()) {
       places_.push_back({row.p.sizes().vec(), row.p.strides().vec(), row.p.scalar_type(), row.p.device()});
+      for (const at::Tensor* tensor : {&row.p, &row.first, &row.second, &row.third}) collapse_into_huge_pages(*tensor);
+    }
   }
 
   // None: something is not as it was prepared. Otherwise (taken, reason, norm, factor, row, rows); on a device, where

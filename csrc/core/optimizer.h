@@ -25,6 +25,7 @@ struct OptimizerSettingsOf {
   bool fresh = false;    // sgd, lars: the momentum buffer is empty
   R correction1 = 1;     // lamb: 1 - beta1^t
   R rate = 0, unit = 0;  // lamb: lr |p| (2-norms of the tensor), 1 / |direction|
+  R inverse_root2 = 0;   // 1 / root2 as rounded() leaves it; 0: divide by root2
 };
 using OptimizerSettings = OptimizerSettingsOf<float>;
 
@@ -35,9 +36,11 @@ MLPKIT_BEGIN_ISA
 template <class To, class From>
 MLPKIT_HD OptimizerSettingsOf<To> rounded(const OptimizerSettingsOf<From>& s) {
   const auto to = [](From x) { return static_cast<To>(x); };
+  const To root2 = to(s.root2);
+  const To inverse = root2 >= To(0x1p-40) && root2 <= To(0x1p40) ? 1 / root2 : 0;
   return {s.kind,      s.nesterov,  to(s.lr),  to(s.weight_decay), to(s.momentum), to(s.undamped), to(s.beta2),
-          to(s.rest1), to(s.rest2), to(s.eps), to(s.step_size),    to(s.root2),    to(s.shrink),   to(s.l1),
-          s.amsgrad,   s.centered,  s.fresh,   to(s.correction1),  to(s.rate),     to(s.unit)};
+          to(s.rest1), to(s.rest2), to(s.eps), to(s.step_size),    root2,          to(s.shrink),   to(s.l1),
+          s.amsgrad,   s.centered,  s.fresh,   to(s.correction1),  to(s.rate),     to(s.unit),     inverse};
 }
 
 // g + wd p, the gradient of wd p^2 / 2 added
@@ -84,7 +87,7 @@ struct Adam {
     if (s.kind == Optimizer::adamw) p = p * s.shrink;
     move_moments(s, g, first, second);
     if (s.amsgrad) third = second > third ? second : third;
-    const F divisor = math::sqrt(s.amsgrad ? third : second) / s.root2 + s.eps;
+    const F divisor = math::divided(math::sqrt(s.amsgrad ? third : second), s.root2, s.inverse_root2) + s.eps;
     p = p + (-s.step_size * first) / divisor;
   }
 };

@@ -94,26 +94,37 @@ bool plain(Dtype dtype) {
   return dtype == (sizeof(R) == 8 ? Dtype::float64 : Dtype::float32);
 }
 
-MLPKIT_HD DoubleVec squares_of(const double* x, double shrink) {
-  const DoubleVec v = load_bits<DoubleVec>(x) * shrink;
-  return v * v;
-}
-MLPKIT_HD DoubleVec squares_of(const float* x, double shrink) {
-  const DoubleVec v = __builtin_convertvector(load_bits<HalfVec>(x), DoubleVec) * shrink;
-  return v * v;
-}
+// Elements as doubles, a vector of them at a time.
+MLPKIT_HD DoubleVec doubles_at(const double* x) { return load_bits<DoubleVec>(x); }
+MLPKIT_HD DoubleVec doubles_at(const float* x) { return __builtin_convertvector(load_bits<HalfVec>(x), DoubleVec); }
 
 // Sums in a fixed order: four vectors side by side, then lane by lane.
-template <class R>
-double sum_of_squares(const R* x, int64_t count, double shrink) {
+struct Squares {
   DoubleVec sums[4] = {};
+  template <bool kShrunk, class R>
+  MLPKIT_HD void see(const R* x, double shrink) {
+    for (int k = 0; k < 4; ++k) {
+      DoubleVec v = doubles_at(x + k * kDoubles);
+      if (kShrunk) v *= shrink;
+      sums[k] = math::multiply_add(v, v, sums[k]);
+    }
+  }
+  double total() const {
+    const DoubleVec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    double total = 0;
+    for (int k = 0; k < kDoubles; ++k) total += sum[k];
+    return total;
+  }
+};
+constexpr int kSquares = 4 * kDoubles;  // elements that Squares sees at once
+
+template <class R>
+double sum_of_squares(const R* x, int64_t count) {
+  Squares squares;
   int64_t i = 0;
-  for (; i + 4 * kDoubles <= count; i += 4 * kDoubles)
-    for (int k = 0; k < 4; ++k) sums[k] += squares_of(x + i + k * kDoubles, shrink);
-  const DoubleVec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = 0;
-  for (int k = 0; k < kDoubles; ++k) total += sum[k];
-  for (; i < count; ++i) total += (x[i] * shrink) * (x[i] * shrink);
+  for (; i + kSquares <= count; i += kSquares) squares.see<false>(x + i, 1);
+  double total = squares.total();
+  for (; i < count; ++i) total += static_cast<double>(x[i]) * x[i];
   return total;
 }
 
@@ -148,35 +159,53 @@ void count_bad(const R* x, int64_t count, double shrink, int64_t begin, RangeCen
   result.absmax = absmax > result.absmax ? absmax : result.absmax;
 }
 
+// Said two pages ahead: processors fetch ahead of a stream within its page only, and begin anew in each.
+template <class R>
+MLPKIT_HD void foresee(const R* x) {
+  const char* ahead = reinterpret_cast<const char*>(x) + 2 * 4096;
+  __builtin_prefetch(ahead);
+  __builtin_prefetch(ahead + 64);
+}
+
+// Magnitudes and squares in one reading; whatever is not finite is looked at again.
+template <bool kShrunk, class R>
+void census_block(const R* x, int64_t count, double shrink, int64_t begin, RangeCensus& result) {
+  using I = typename Kind<R>::I;
+  constexpr int64_t lanes = sizeof(I) / sizeof(R);
+  Top<R> top;
+  Squares squares;
+  const auto look = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+    const I bits = load_part<I>(x + at, n);
+    top.see(bits);
+    top.signs |= bits;
+  };
+  int64_t i = 0;
+  for (; i + kSquares <= count; i += kSquares) {
+    if (i % (4096 / static_cast<int64_t>(sizeof(R))) == 0) foresee(x + i);
+    for (int64_t k = 0; k < kSquares; k += lanes) look(i + k, lanes);
+    squares.see<kShrunk>(x + i, shrink);
+  }
+  double rest = 0;
+  for (int64_t k = i; k < count; k += lanes) look(k, count - k);
+  for (; i < count; ++i) rest += (x[i] * shrink) * (x[i] * shrink);
+  for (int64_t k = 0; k < lanes; ++k) result.negative = result.negative || top.signs[k] < 0;
+  const double largest = top.value();
+  if (!(largest <= 0x1.fffffffffffffp1023)) return count_bad(x, count, shrink, begin, result);
+  result.absmax = largest > result.absmax ? largest : result.absmax;
+  result.sum_of_squares += squares.total() + rest;
+}
+
 template <class R>
 void census_as(const CensusOfRange& args) {
-  using I = typename Kind<R>::I;
   RangeCensus& result = *args.result;
   result = {0, 0, -1, 0, 0, false};
+  const auto look = args.shrink == 1 ? census_block<false, R> : census_block<true, R>;
+  if (plain<R>(args.dtype)) return look(static_cast<const R*>(args.data), args.count, args.shrink, 0, result);
   alignas(64) R block[kBlock];
   for (int64_t begin = 0; begin < args.count; begin += kBlock) {
     const int64_t count = args.count - begin < kBlock ? args.count - begin : kBlock;
-    const void* from = offset(args.data, args.dtype, begin);
-    const R* x = static_cast<const R*>(from);
-    if (!plain<R>(args.dtype)) {
-      fetch(args.dtype, from, count, block);
-      x = block;
-    }
-    Top<R> top;
-    constexpr int64_t lanes = sizeof(I) / sizeof(R);
-    for (int64_t i = 0; i < count; i += lanes) {
-      const I bits = load_part<I>(x + i, count - i);
-      top.see(bits);
-      top.signs |= bits;
-    }
-    for (int64_t i = 0; i < lanes; ++i) result.negative = result.negative || top.signs[i] < 0;
-    const double largest = top.value();
-    if (!(largest <= 0x1.fffffffffffffp1023)) {
-      count_bad(x, count, args.shrink, begin, result);
-      continue;
-    }
-    result.absmax = largest > result.absmax ? largest : result.absmax;
-    result.sum_of_squares += sum_of_squares(x, count, args.shrink);
+    fetch(args.dtype, offset(args.data, args.dtype, begin), count, block);
+    look(block, count, args.shrink, begin, result);
   }
 }
 
@@ -194,17 +223,6 @@ struct Seen {
   double squares = 0;
 };
 
-template <class V, class R>
-MLPKIT_HD V part_of(const R* from, int64_t at, int64_t n) {
-  return from ? load_part<V>(from + at, n) : V{};
-}
-template <class V, class R>
-MLPKIT_HD void keep_part(R* to, int64_t at, V value, int64_t n, Top<R>& top) {
-  if (!to) return;
-  store_part(to + at, value, n);
-  top.see(math::bits_as<typename Kind<R>::I>(value));
-}
-
 struct LambMoments {
   template <class S, class F>
   MLPKIT_HD static void update(const S& s, F& p, F g, F& first, F& second, F& third) {
@@ -220,43 +238,67 @@ struct LambParameter {
 };
 
 // Lanes beyond the end compute with zeros; where that makes no zero (0 / 0 without eps), they are not looked at.
-template <class Formula, class R>
+// kLean: neither l1 nor decay, nesterov, amsgrad or a third state, as the caller has seen.
+template <class Formula, class R, bool kLean>
 void update_block(const OptimizerSettingsOf<R>& settings, R factor, const Block<R>& block, Seen<R>& seen) {
   using V = VecOf<R>;
   constexpr int64_t lanes = sizeof(V) / sizeof(R);
-  const OptimizerSettingsOf<R> s = settings;
+  // What is stored below cannot change copies.
+  OptimizerSettingsOf<R> s = settings;
+  const Block<R> b = block;
+  Seen<R> now = seen;
+  if (kLean) {
+    s.l1 = s.weight_decay = 0;
+    s.nesterov = s.amsgrad = s.centered = false;
+  }
+  R* const third_state = kLean ? nullptr : b.third;
+  const auto part = [](const R* from, int64_t at, int64_t n)
+                        __attribute__((always_inline)) { return from ? load_part<V>(from + at, n) : V{}; };
+  const auto keep = [](R* to, int64_t at, V value, int64_t n, Top<R>& top) __attribute__((always_inline)) {
+    if (!to) return;
+    store_part(to + at, value, n);
+    top.see(math::bits_as<typename Kind<R>::I>(value));
+  };
   const auto apply = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
-    V p = part_of<V>(block.p, at, n), g = part_of<V>(block.g, at, n) * factor;
-    V first = part_of<V>(block.first, at, n), second = part_of<V>(block.second, at, n);
-    V third = part_of<V>(block.third, at, n);
+    V p = load_part<V>(b.p + at, n), g = load_part<V>(b.g + at, n) * factor;
+    V first = part(b.first, at, n), second = part(b.second, at, n), third = part(third_state, at, n);
     Formula::update(s, p, g, first, second, third);
     if (n < lanes)
       for (int64_t i = n; i < lanes; ++i) p[i] = first[i] = second[i] = third[i] = 0;
-    keep_part(block.p, at, p, n, seen.p);
-    keep_part(block.first, at, first, n, seen.first);
-    keep_part(block.second, at, second, n, seen.second);
-    keep_part(block.third, at, third, n, seen.third);
+    keep(b.p, at, p, n, now.p);
+    keep(b.first, at, first, n, now.first);
+    keep(b.second, at, second, n, now.second);
+    keep(third_state, at, third, n, now.third);
   };
   int64_t at = 0;
-  for (; at + lanes <= block.count; at += lanes) apply(at, lanes);
-  if (at < block.count) apply(at, block.count - at);
+  for (; at + lanes <= b.count; at += lanes) apply(at, lanes);
+  if (at < b.count) apply(at, b.count - at);
+  seen = now;
 }
 
 template <class R>
 using UpdateBlock = void (*)(const OptimizerSettingsOf<R>&, R, const Block<R>&, Seen<R>&);
 
+template <class Formula, class R>
+UpdateBlock<R> lean_or_not(const RangeUpdate& args) {
+  const OptimizerSettingsOf<double>& s = args.settings;
+  const bool decays = (s.weight_decay != 0 && s.kind != Optimizer::adamw) || s.l1 != 0;
+  const bool lean = !decays && !s.nesterov && !s.amsgrad && !s.centered && args.third == nullptr;
+  return lean ? update_block<Formula, R, true> : update_block<Formula, R, false>;
+}
+
 template <class R>
 UpdateBlock<R> formula_of(const RangeUpdate& args) {
-  if (args.part == RangeUpdate::moments) return update_block<LambMoments, R>;
-  if (args.part == RangeUpdate::parameter) return update_block<LambParameter, R>;
+  if (args.part == RangeUpdate::moments) return update_block<LambMoments, R, false>;
+  if (args.part == RangeUpdate::parameter) return update_block<LambParameter, R, false>;
   switch (args.settings.kind) {
     case Optimizer::adam:
     case Optimizer::adamw:
-      return update_block<Adam, R>;
+      return lean_or_not<Adam, R>(args);
     case Optimizer::rmsprop:
-      return update_block<Rmsprop, R>;
+      return lean_or_not<Rmsprop, R>(args);
     default:
-      return update_block<Sgd, R>;
+      return lean_or_not<Sgd, R>(args);
   }
 }
 
@@ -283,8 +325,10 @@ void update_as(const RangeUpdate& args) {
   Seen<R> seen;
   double squares = 0;
   const bool moments = args.part == RangeUpdate::moments;
-  for (int64_t at = 0; at < args.count; at += kBlock) {
-    const int64_t count = args.count - at < kBlock ? args.count - at : kBlock;
+  const bool in_place = !args.dry && !moments && !args.copy && plain<R>(args.dtype) && plain<R>(args.gradient_dtype);
+  const int64_t most = in_place ? args.count : kBlock;
+  for (int64_t at = 0; at < args.count; at += most) {
+    const int64_t count = args.count - at < most ? args.count - at : most;
     const auto place = [&](void* from) { return offset(from, args.dtype, at); };
     void* places[] = {place(args.p), place(args.first), place(args.second), place(args.third)};
     Block<R> block{};
@@ -295,7 +339,7 @@ void update_as(const RangeUpdate& args) {
     block.third = moments ? third.copy : third.begin(args.dtype, places[3], count, !args.dry);
     block.g = g.begin(args.gradient_dtype, offset(args.g, args.gradient_dtype, at), count, true);
     update(settings, static_cast<R>(args.factor), block, seen);
-    if (moments) squares += sum_of_squares(third.copy, count, 1.0);
+    if (moments) squares += sum_of_squares(third.copy, count);
     if (args.part != RangeUpdate::moments) p.end(args.dtype, places[0], count, args.dry);
     if (args.part != RangeUpdate::parameter) {
       first.end(args.dtype, places[1], count, args.dry);

@@ -8,16 +8,33 @@
 
 namespace mlpkit {
 
+// Advises the system on the huge pages that lie wholly inside a tensor; it may refuse.
+inline void advise_huge_pages([[maybe_unused]] const at::Tensor& tensor, [[maybe_unused]] int advice) {
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  const auto data = reinterpret_cast<uintptr_t>(tensor.unsafeGetTensorImpl()->data());
+  const uintptr_t begin = (data + page - 1) / page * page, end = (data + tensor.nbytes()) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+#endif
+}
+
 // Asks for huge pages under a tensor about to be written: each fresh small page would cost a fault of about a
 // microsecond, more than the writing. A hint that may be refused; small tensors are left alone.
 inline const at::Tensor& in_huge_pages(const at::Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{2} << 20;
-  const auto data = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
-  const uintptr_t begin = (data + page - 1) / page * page, end = (data + fresh.nbytes()) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  advise_huge_pages(fresh, MADV_HUGEPAGE);
 #endif
   return fresh;
+}
+
+// Moves a tensor in use into huge pages, where the system can (Linux 6.1): a tenth less time for whoever reads it once
+// a step, since processors fetch ahead within a page only. Costs about a read and a write of it, once.
+inline void collapse_into_huge_pages(const at::Tensor& used) {
+#if defined(__linux__)
+  constexpr int collapse = 25;  // MADV_COLLAPSE, which older headers lack
+  constexpr size_t worthwhile = size_t{4} << 20;
+  if (used.defined() && used.is_cpu() && used.nbytes() >= worthwhile) advise_huge_pages(used, collapse);
+#endif
 }
 
 }  // namespace mlpkit
