@@ -62,7 +62,7 @@ double bias_gradient(const StepLayer& layer, int64_t rows) {
       for (int64_t p = chain; p < smaller(chain + longest, panels); ++p)
         for (int64_t row = 0; row < column; row += kLanes)
           sum += Lane::sum_of(load_bits<FloatVec>(layer.dz + (p * layer.out + n) * column + row));
-      for (int i = 0; i < kLanes; ++i) total += sum[i];
+      total += sum_of_lanes(sum);
     }
     layer.dbias[n] = static_cast<float>(total);
     squares += total * total;

@@ -5,12 +5,6 @@
 
 MLPKIT_BEGIN_ISA
 
-MLPKIT_HD double sum_of_lanes(FloatVec v) {
-  double sum = 0.0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
 // z and slopes: [classes, 32]. Exponentials wait in `slopes` for their sum.
 MLPKIT_HD double cross_entropy_of_lanes(const StepLoss& loss, int64_t panel, int64_t classes, const float* z,
                                         float* slopes) {

@@ -112,13 +112,21 @@ class TableRows {
 
 // The panel [cols, 32] of rows; zeros where the rows end.
 inline void panel_of_rows(const TableRows& x, int64_t cols, float* panel) {
+  const bool whole = x.count == kPanel;
   for (int64_t col = 0; col < cols; col += kLanes)
     for (int64_t row = 0; row < kPanel; row += kLanes) {
       FloatVec v[kLanes];
+      float* to = panel + col * kPanel + row;
+      if (whole && col + kLanes <= cols) {
+        for (int i = 0; i < kLanes; ++i) load(x.row(row + i) + col, v[i]);
+        transpose(v);
+        for (int i = 0; i < kLanes; ++i) store(to + i * kPanel, v[i]);
+        continue;
+      }
       for (int i = 0; i < kLanes; ++i)
         v[i] = row + i < x.count ? load_part<FloatVec>(x.row(row + i) + col, cols - col) : FloatVec{};
       transpose(v);
-      for (int i = 0; i < smaller(kLanes, cols - col); ++i) store(panel + (col + i) * kPanel + row, v[i]);
+      for (int i = 0; i < smaller(kLanes, cols - col); ++i) store(to + i * kPanel, v[i]);
     }
 }
 
@@ -143,12 +151,22 @@ inline void blocks_of_panel(const float* panel, int64_t cols, float* blocks) {
 
 // The blocks of up to 32 rows.
 inline void blocks_of_rows(const TableRows& x, int64_t cols, float* blocks) {
-  for (int64_t row = 0; row < kPanel; ++row)
-    for (int64_t col = 0; col < panels_of(cols) * kPanel; col += kLanes) {
-      const bool inside = row < x.count && col < cols;
-      store(blocks + col / kPanel * kPanel * kPanel + row * kPanel + col % kPanel,
-            inside ? load_part<FloatVec>(x.row(row) + col, cols - col) : FloatVec{});
+  constexpr int64_t ahead = 4;  // rows of a table lie anywhere, so that the hardware cannot guess
+  const int64_t width = panels_of(cols) * kPanel;
+  for (int64_t row = 0; row < kPanel; ++row) {
+    const bool inside = row < x.count;
+    const float *from = inside ? x.row(row) : nullptr, *next = x.row(smaller(row + ahead, x.count - 1));
+    const auto block = [&](int64_t col) __attribute__((always_inline)) {
+      return blocks + col / kPanel * kPanel * kPanel + row * kPanel + col % kPanel;
+    };
+    int64_t col = 0;
+    for (; inside && col + kLanes <= cols; col += kLanes) {
+      __builtin_prefetch(next + col);
+      store(block(col), load_bits<FloatVec>(from + col));
     }
+    for (; col < width; col += kLanes)
+      store(block(col), inside && col < cols ? load_part<FloatVec>(from + col, cols - col) : FloatVec{});
+  }
 }
 
 MLPKIT_END_ISA

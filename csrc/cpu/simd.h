@@ -137,6 +137,23 @@ MLPKIT_HD void store(Half* to, FloatVec from) {
 #endif
 }
 
+// The sum of all lanes in double, by halves: in a chain every addition would wait for the one before.
+template <int n>
+MLPKIT_HD double sum_by_halves(const double (&v)[n]) {
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    double half[n / 2];
+    for (int i = 0; i < n / 2; ++i) half[i] = v[i] + v[i + n / 2];
+    return sum_by_halves(half);
+  }
+}
+MLPKIT_HD double sum_of_lanes(FloatVec v) {
+  double wide[kLanes];
+  for (int i = 0; i < kLanes; ++i) wide[i] = v[i];
+  return sum_by_halves(wide);
+}
+
 // One bit a lane: set where the lane of a comparison's result is true.
 MLPKIT_HD unsigned lane_mask(IntVec condition) {
 #if defined(__AVX512F__)

@@ -1,4 +1,6 @@
 // update and inspect: every optimizer against its formula in long double (tests).
+#include <algorithm>
+
 #include "cpu/update.h"
 #include "harness.h"
 
@@ -80,8 +82,11 @@ void run(const OptimizerSettings& s, int64_t count, Draw& draw, Report& report) 
   std::vector<std::pair<State, State>> expected;
   for (int64_t i = 0; i < count; ++i) expected.push_back(exact(s, state(i), g.get(i) * 0.5L));
   const auto data = [](Numbers& numbers) { return static_cast<float*>(numbers.data()); };
-  mlpkit::cpu::update(
-      {s, 0.5f, count, data(p), data(g), has_first ? data(first) : nullptr, has_second ? data(second) : nullptr});
+  float largest = 0.25f;
+  const bool wants_largest = draw.coin();
+  mlpkit::cpu::update({s, 0.5f, count, data(p), data(g), has_first ? data(first) : nullptr,
+                       has_second ? data(second) : nullptr, wants_largest ? &largest : nullptr});
+  Real written = 0.25L;
   const Real unit = kRoundings * native::unit(Dtype::float32);
   for (int64_t i = 0; i < count; ++i) {
     const auto& [wanted, size] = expected[static_cast<size_t>(i)];
@@ -89,7 +94,9 @@ void run(const OptimizerSettings& s, int64_t count, Draw& draw, Report& report) 
     report.near("p", i, ours.p, wanted.p, unit * size.p);
     if (has_first) report.near("first", i, ours.first, wanted.first, unit * size.first);
     if (has_second) report.near("second", i, ours.second, wanted.second, unit * size.second);
+    written = std::max({written, std::fabs(ours.p), std::fabs(ours.first), ours.second});
   }
+  if (wants_largest) report.that("largest of what is written", count, largest == written);
 }
 
 void update(Report& report) {

@@ -13,6 +13,7 @@ class Step {
       : net_(net),
         loss_(net_, draw),
         values_(Dtype::float64, panels_of(net.rows), draw),
+        outputs_(Dtype::float32, draw.coin() ? net.rows * net.widths.back() : 0, draw),
         backwards_(draw.coin()),
         every_segment_(draw.coin()),
         says_until_(draw.coin()) {
@@ -44,7 +45,7 @@ class Step {
   // A row does not count, and its first number is `bad`.
   void ignore(int64_t row, Real bad) {
     loss_.ignore(row);
-    loss_.x.set(row * layers_.front().in, bad);
+    loss_.x.set(loss_.x_at(row, 0), bad);
   }
   void compare_ignored(int64_t ignored, Report& report) const {
     for (const NetLayer& layer : layers_)
@@ -69,6 +70,7 @@ class Step {
       norms[i].compare_moments(report);
       if (i + 1 < layers_.size()) compare_outputs(layers_[i], norms[i].u(), layers_[i + 1], report);
     }
+    compare_last(norms.back().u(), report);
     if (loss_.entropy())
       compare_entropy(norms.back().u(), report);
     else
@@ -85,6 +87,8 @@ class Step {
       args.rows = net_.rows;
       args.panel = backwards_ ? panels - 1 - i : i;
       args.x = static_cast<const float*>(loss_.x.data());
+      args.index = loss_.picked ? reinterpret_cast<const int32_t*>(loss_.index.data()) : nullptr;
+      args.outputs = NetLayer::data(outputs_);
       args.loss = loss_.args();
       args.scratch = scratch[static_cast<size_t>(args.panel)].data();
       args.value = static_cast<double*>(values_.data()) + args.panel;
@@ -107,7 +111,7 @@ class Step {
     for (int64_t row = 0; row < net_.rows; ++row)
       for (int64_t col = 0; col < first.in; ++col)
         report.near("x", row * first.in + col, first.input(row, col),
-                    rounded(loss_.x.get(row * first.in + col), net_.format.dtype), 0);
+                    rounded(loss_.x.get(loss_.x_at(row, col)), net_.format.dtype), 0);
   }
 
   // The first layer's inputs are zero where rows end, too; in hidden ones an activation has made something of nothing.
@@ -160,8 +164,8 @@ class Step {
       for (int64_t col = 0; col < last.out; ++col) {
         const LossAt term =
             loss_at(net_.loss, at(z, last.out, row, col), loss_.target.get(row * last.out + col), loss_.delta);
-        add(sums[static_cast<size_t>(row / kPanel)], term.value);
-        compare_slope(row, col, term.slope, report);
+        add(sums[static_cast<size_t>(row / kPanel)], shared(term.value, row));
+        compare_slope(row, col, shared(term.slope, row), report);
       }
     compare_values(sums, report);
   }
@@ -175,12 +179,22 @@ class Step {
       entropy.wanted = loss_.wanted(row);
       entropy.weight = loss_.weights.get(row);
       entropy.outputs.assign(z.begin() + row * last.out, z.begin() + (row + 1) * last.out);
-      add(sums[static_cast<size_t>(row / kPanel)], entropy.value());
-      for (int64_t c = 0; c < last.out; ++c) compare_slope(row, c, entropy.slope(c), report);
+      add(sums[static_cast<size_t>(row / kPanel)], shared(entropy.value(), row));
+      for (int64_t c = 0; c < last.out; ++c) compare_slope(row, c, shared(entropy.slope(c), row), report);
     }
     compare_values(sums, report);
   }
 
+  // What the last layer puts out, as nobody else has seen it.
+  void compare_last(const Table& z, Report& report) const {
+    for (int64_t i = 0; i < outputs_.count(); ++i)
+      report.near("outputs of the last layer", i, outputs_.get(i), z[static_cast<size_t>(i)].value,
+                  z[static_cast<size_t>(i)].error);
+  }
+  Bounded shared(const Bounded& term, int64_t row) const {
+    const Real share = loss_.share_of_row(row);
+    return {term.value * share, share * (term.error + 2 * kUnit * std::fabs(term.value))};
+  }
   static void add(Bounded& sum, const Bounded& term) {
     sum.value += term.value;
     sum.error += term.error;
@@ -244,7 +258,7 @@ class Step {
   NetCase net_;
   NetLoss loss_;
   std::deque<NetLayer> layers_;
-  Numbers values_;
+  Numbers values_, outputs_;
   bool backwards_, every_segment_, says_until_;
 };
 

@@ -115,22 +115,31 @@ struct NetLayer {
   }
 };
 
-// The batch, the targets and the loss.
+// The batch, the targets and the loss. Rows are those of x, or picked from it by an index, last ones first.
 struct NetLoss {
   const NetCase& net;
-  Numbers x, target, by_class, weights;
-  Memory classes;
+  bool picked;
+  Numbers x, target, by_class, weights, by_row;
+  Memory classes, index;
   mlpkit::Smoothing smoothing{};
   float scale = 0.0625f * 1.1f, delta = 0.7f;
 
   NetLoss(const NetCase& net, Draw& draw)
       : net(net),
-        x(Dtype::float32, net.rows * net.widths.front(), draw),
+        picked(draw.coin()),
+        x(Dtype::float32, table_rows() * net.widths.front(), draw),
         target(Dtype::float32, entropy() ? 0 : net.rows * outputs(), draw),
         by_class(Dtype::float32, net.class_weights ? outputs() : 0, draw),
         weights(Dtype::float32, entropy() ? padded() : 0, draw),
-        classes(entropy() ? 4 * padded() : 0, 4, draw) {
+        by_row(Dtype::float32, draw.coin() ? padded() : 0, draw),
+        classes(entropy() ? 4 * padded() : 0, 4, draw),
+        index(picked ? 4 * net.rows : 0, 4, draw) {
     x.draw(draw, -2, 2);
+    by_row.draw(draw, 0, 3);
+    for (int64_t row = 0; row < net.rows && picked; ++row) {
+      const int32_t from = static_cast<int32_t>(table_row(row));
+      std::memcpy(index.data() + 4 * row, &from, 4);
+    }
     target.draw(draw, net.loss == Loss::log_mse ? 0.5L : net.loss == Loss::bce ? 0 : -2, net.loss == Loss::bce ? 1 : 2);
     by_class.draw(draw, 0.5, 1.5);
     if (entropy()) fill_classes(draw);
@@ -139,6 +148,10 @@ struct NetLoss {
   bool entropy() const { return net.loss == Loss::cross_entropy; }
   int64_t outputs() const { return net.widths.back(); }
   int64_t padded() const { return panels_of(net.rows) * kPanel; }
+  int64_t table_rows() const { return net.rows + (picked ? 3 : 0); }
+  int64_t table_row(int64_t row) const { return picked ? table_rows() - 1 - row : row; }
+  int64_t x_at(int64_t row, int64_t col) const { return table_row(row) * net.widths.front() + col; }
+  Real share_of_row(int64_t row) const { return by_row.count() ? by_row.get(row) : 1; }
   int64_t wanted(int64_t row) const { return load_as<int32_t>(classes.data(), row); }
   Real weight_of_class(int64_t c) const { return by_class.count() ? by_class.get(c) : 1; }
 
@@ -173,6 +186,7 @@ struct NetLoss {
     args.weights = NetLayer::data(weights);
     args.by_class = NetLayer::data(by_class);
     args.target = NetLayer::data(target);
+    args.by_row = NetLayer::data(by_row);
     return args;
   }
 };

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mlpkit.bench.case import Case, Settings
-from mlpkit.bench.cases import census, dropout, guard, layer, norm, step, threads, tiny, trace, update, wide
+from mlpkit.bench.cases import (
+    census,
+    dropout,
+    guard,
+    layer,
+    norm,
+    population,
+    step,
+    threads,
+    tiny,
+    trace,
+    update,
+    wide,
+)
 from mlpkit.bench.peak import Peaks
 from mlpkit.errors import ArgumentError
 
@@ -23,6 +36,7 @@ FAMILIES: dict[str, Family] = {
     "update": update.cases,
     "census": census.cases,
     "trace": trace.cases,
+    "population": population.cases,
 }
 
 
