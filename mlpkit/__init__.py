@@ -9,9 +9,24 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = ("errors", "functional", "guard", "init", "nn", "population", "trace", "tune")
-_FUNCTIONS = {"census": "mlpkit.trace"}
+_ESTIMATORS = ("MLPClassifier", "MLPRegressor", "TunedMLPClassifier", "TunedMLPRegressor")
+_FUNCTIONS = {"census": "mlpkit.trace", **dict.fromkeys(_ESTIMATORS, "mlpkit.tune.estimators")}
 
-__all__ = ["census", "errors", "functional", "guard", "init", "nn", "population", "trace", "tune"]
+__all__ = [
+    "MLPClassifier",
+    "MLPRegressor",
+    "TunedMLPClassifier",
+    "TunedMLPRegressor",
+    "census",
+    "errors",
+    "functional",
+    "guard",
+    "init",
+    "nn",
+    "population",
+    "trace",
+    "tune",
+]
 __version__ = "0.1.0"
 
 

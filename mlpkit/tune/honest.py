@@ -33,25 +33,21 @@ def corrected(
 
     rows: (candidates, rows) scores of every row by the model that never saw it. In each draw of rows the whole choice
     is made again (best of each depth, a deeper one only if it gains more than one SE) and scored on the rows left out;
-    the mean loss against the same choice on the drawn rows is the optimism. The interval takes the larger of two
+    what it loses there against the winner is the optimism. The interval takes the larger of two
     standard errors, over the rows and over the folds.
     """
     count = rows.shape[1]
     raw = stats.mean(fold_scores)
     rng = np.random.default_rng([seed, 21])
-    optimism = []
+    left_out = []
     for _ in range(_DRAWS):
         drawn = rng.integers(0, count, count)
         out = np.setdiff1d(np.arange(count), drawn)
-        if not len(out):
-            continue
-        chosen = _choose(rows[:, drawn], depths)
-        # Against the winner's own rows, drawn and left out, so that the luck of the draw itself cancels.
-        optimism.append(
-            (rows[chosen, drawn].mean() - rows[chosen, out].mean())
-            - (rows[winner, drawn].mean() - rows[winner, out].mean())
-        )
-    lost = max(0.0, float(np.mean(optimism))) if optimism else 0.0
+        if len(out):
+            chosen = _choose(rows[:, drawn], depths)
+            # Against the winner on the same rows, so that the luck of the draw itself cancels.
+            left_out.append(rows[chosen, out].mean() - rows[winner, out].mean())
+    lost = max(0.0, -float(np.mean(left_out))) if left_out else 0.0
     se = max(float(np.std(rows[winner], ddof=1)) / math.sqrt(count), stats.standard_error(fold_scores))
     score = raw - lost
     return Estimate(score, score - _NORMAL_90 * se, score + _NORMAL_90 * se, raw, lost)

@@ -87,10 +87,16 @@ class TunedModel:
         total = float(np.sum((truth - truth.mean()) ** 2))
         return 1.0 - float(np.sum((truth - predicted) ** 2)) / total
 
+    def export(self) -> nn.Sequential:
+        """The network as stock PyTorch modules, on the inputs that ``encoder`` makes."""
+        plain: nn.Sequential = self.model.to_sequential()  # type: ignore[operator]
+        return plain.eval()
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``model.json`` into an existing directory."""
         save_file = require("safetensors.torch", "saving a model").save_file
         state = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
+        state = {name: value.float() if value.dtype == torch.float64 else value for name, value in state.items()}
         save_file(state, str(Path(directory) / "model.safetensors"), metadata={"format": _FORMAT})
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         (Path(directory) / "model.json").write_text(text + "\n", encoding="utf-8")
@@ -173,7 +179,9 @@ class TunedModel:
         self.model.eval()
         with torch.inference_mode():
             # In blocks, so that a table larger than memory's worth of activations still passes.
-            parts = [self.model(torch.from_numpy(inputs[at : at + _BLOCK])) for at in range(0, len(inputs), _BLOCK)]
+            kind = next(self.model.parameters()).dtype
+            blocks = (torch.from_numpy(inputs[at : at + _BLOCK]).to(kind) for at in range(0, len(inputs), _BLOCK))
+            parts = [self.model(block) for block in blocks]
         width = max(1, len(self.classes))
         output: npt.NDArray[np.float64] = (torch.cat(parts) if parts else torch.empty(0, width)).double().numpy()
         return output

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from mlpkit.report import Code, Fact, Notes, Section, Table, Text, render_page
 from mlpkit.tune import plots
+from mlpkit.tune.findings import Tone
 from mlpkit.tune.ladder import Trial
-from mlpkit.tune.verdicts import Tone
 
 if TYPE_CHECKING:
     from mlpkit.tune.run import Run

@@ -17,11 +17,11 @@ from torch import nn
 from mlpkit.report import write_whole
 from mlpkit.tune import rundir
 from mlpkit.tune.evaluate import Search
+from mlpkit.tune.findings import Verdict
 from mlpkit.tune.folds import Fold
 from mlpkit.tune.honest import Estimate
 from mlpkit.tune.ladder import Climb, Trial
 from mlpkit.tune.model import TunedModel
-from mlpkit.tune.verdicts import Verdict
 
 _FORMAT = "mlpkit-tune"
 _VERSION = 1

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from mlpkit.tune import stats
+from mlpkit.tune import findings, stats
+from mlpkit.tune.columns import single_columns
+from mlpkit.tune.evaluate import Search
+from mlpkit.tune.findings import Verdict
 from mlpkit.tune.ladder import TAPERS, WIDTHS, Climb, Trial, in_words, rise_after_best
-
-Tone = Literal["good", "notice", "bad"]
 
 _OVERFIT_TIMES_LINEAR = 3.0
 _RISE_SE = 2.0
 _NOTHING = 0.02
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One finding. kind: depth, fit, neighbours, budget or diverged; value: one word; numbers: what decided."""
-
-    kind: str
-    value: str
-    text: str
-    tone: Tone = "good"
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-
-def judge(climb: Climb, metric: str, floor: float, search: object = None) -> list[Verdict]:
+def judge(climb: Climb, metric: str, floor: float, search: Search | None = None) -> list[Verdict]:
     """All verdicts, the three main ones first. floor: the score of a constant guess (largest class, or mean)."""
     verdicts = [_depth(climb, metric), _fit(climb, metric, floor), _neighbours(climb, metric)]
     if _cut_short(climb):
@@ -38,7 +27,12 @@ def judge(climb: Climb, metric: str, floor: float, search: object = None) -> lis
         verdicts.append(
             Verdict("diverged", "diverged", f"The loss became non-finite with {_listed(diverged)}: left out.", "notice")
         )
-    return verdicts
+    more = [findings.shape(climb), findings.regularisation(climb)]
+    if search is not None:
+        more.append(findings.leakage(single_columns(search.problem, search.folds[0]), metric))
+        more += findings.borders(climb.trials, search.space)
+        more += findings.hyperparameters(climb.trials, search.space, climb.winner)
+    return verdicts + [verdict for verdict in more if verdict is not None]
 
 
 def _depth(climb: Climb, metric: str) -> Verdict:
@@ -91,6 +85,13 @@ def _fit(climb: Climb, metric: str, floor: float) -> Verdict:
     if edge is not None and edge.earned:
         text = f"It may underfit: the widest layer tried won, {_ratio(edge)} SE ahead of the next ({scores})."
         return Verdict("fit", "underfit", text, "notice", {**numbers, "edge_ratio": edge.ratio})
+    better = _bigger_is_better(climb)
+    if better is not None and gap < max(linear_gap, winner.se):
+        text = (
+            f"It may underfit: {better[0].name} gains {_ratio(better[1])} SE and training rows are no better than"
+            f" unseen ones ({scores})."
+        )
+        return Verdict("fit", "underfit", text, "notice", numbers)
     if rise > _RISE_SE and gap > max(_OVERFIT_TIMES_LINEAR * max(linear_gap, 0.0), winner.se):
         text = (
             f"It overfits if left alone: after its best epoch the validation loss rose by {rise:.1f} SE"
@@ -111,9 +112,23 @@ def _edge(climb: Climb) -> stats.Comparison | None:
     return stats.compare(climb.best[1].scores, narrower.scores) if narrower else None
 
 
+def _bigger_is_better(climb: Climb) -> tuple[Trial, stats.Comparison] | None:
+    """A larger network that beats the winner by more than one SE, and yet was not chosen."""
+    for trial in climb.trials:
+        if trial.state == "complete" and trial.parameters > climb.winner.parameters and not trial.params.get("dropout"):
+            step = stats.compare(trial.scores, climb.winner.scores)
+            if step.earned and len(trial.hidden) == len(climb.winner.hidden):
+                return trial, step
+    return None
+
+
 def _neighbours(climb: Climb, metric: str) -> Verdict:
     winner = climb.winner
-    near = [trial for trial in climb.trials if trial.state == "complete" and trial.hidden in _near(winner.hidden)]
+    best: dict[tuple[int, ...], Trial] = {}
+    for trial in climb.trials:
+        if trial.state == "complete" and (trial.hidden not in best or trial.mean > best[trial.hidden].mean):
+            best[trial.hidden] = trial
+    near = [best[hidden] for hidden in _near(winner.hidden) if hidden in best]
     if not near:
         return Verdict("neighbours", "inconclusive", "No neighbour of the winner finished in time.", "notice")
     changes = {trial.name: stats.compare(trial.scores, winner.scores) for trial in near}
