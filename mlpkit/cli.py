@@ -11,8 +11,10 @@ from mlpkit.errors import MlpkitError
 
 _COMMANDS = {
     "bench": "mlpkit.bench._commands",
+    "compare": "mlpkit.tune._commands",
     "predict": "mlpkit.tune._commands",
     "replay": "mlpkit.trace._commands",
+    "report": "mlpkit.tune._commands",
     "trace": "mlpkit.trace._commands",
     "tune": "mlpkit.tune._commands",
 }

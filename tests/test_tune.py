@@ -170,13 +170,14 @@ def test_saved_model_predicts_bit_for_bit_what_the_run_does(which, request):
     assert loaded.to_dict() == result.estimator.to_dict()
 
 
-def test_run_directory_holds_four_files_and_nothing_else(classes):
+def test_run_directory_holds_five_files_and_nothing_else(classes):
     _, out = classes
     assert sorted(item.name for item in out.iterdir()) == [
         "model.json",
         "model.safetensors",
         "report.html",
         "report.json",
+        "trials.csv",
     ]
     assert [item.name for item in out.parent.iterdir()] == ["run"]
 

@@ -25,6 +25,8 @@ from torch import nn
 from mlpkit.errors import ArgumentError
 from mlpkit.tune import trainer
 from mlpkit.tune.encoder import Encoder
+from mlpkit.tune.evaluate import make_spec
+from mlpkit.tune.findings import Verdict
 from mlpkit.tune.folds import split
 from mlpkit.tune.model import TunedModel
 from mlpkit.tune.problem import Problem, encode_all, target_scale, target_tensor
@@ -34,6 +36,7 @@ from mlpkit.tune.table import Column, clean, learn_columns, pandas
 from mlpkit.tune.target import Target
 
 _SOLVERS = ("adam", "adamw", "sgd", "rmsprop")
+_EPOCHS_UNSEEN = 100  # Where no row can be held back to tell.
 _OLD_NAMES = {"logistic": "sigmoid"}
 
 
@@ -149,14 +152,7 @@ class _Fixed(_Tabular):
         epochs = self.max_iter
         if self.early_stopping:
             epochs = _best_epochs(problem, spec, out)
-        encoder, mean, scale, rows = encode_all(problem)
-        network = trainer.refit(spec, rows, out, epochs)
-        self.model_ = TunedModel(
-            # In double precision a prediction does not depend on which rows are predicted with it.
-            model=network.double(), task=problem.target.task, target_name="target", classes=problem.target.classes,
-            columns=problem.columns, encoder=encoder, hidden=spec.hidden, activation=spec.activation, norm=spec.norm,
-            dropout=spec.dropout, target_mean=mean, target_scale=scale,
-        )  # fmt: skip
+        self.model_ = _fitted(problem, spec, epochs)
         self.n_iter_ = int(epochs)
         return self
 
@@ -210,29 +206,44 @@ class _Tuned(_Tabular):
         if self._classifier and len(self.classes_) < 2:
             raise ValueError(f"{type(self).__name__} needs two classes, y holds one class: {self.classes_[0]!r}")
         counts = np.sort(np.bincount(target)) if self._classifier else np.array([len(target)] * 2)
-        self.cv_ = int(max(2, min(self.cv, len(target) // 4, counts[-2])))
+        if len(target) < 8 or counts[-2] < 2:
+            return self._too_few(frame, target, weight)
+        wanted = self.cv if isinstance(self.cv, int | np.integer) else len(self.cv)
+        self.cv_ = int(max(2, min(wanted, len(target) // 4, counts[-2])))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        self.run_: Run = tune(
+        run = tune(
             frame, target, strategy=self.strategy, budget=self.budget, cv=self.cv_, random_state=seed,
             space=self.space, groups=groups, sample_weight=None if (weight == weight[0]).all() else weight,
             task=self._task, progress=None if self.verbose else False,
         )  # fmt: skip
-        self.model_ = self.run_.estimator
+        self.run_: Run | None = run
+        self.model_ = run.estimator
         self.model_.model.double()
-        self.run_.search = None  # It holds the rows; what was learnt does not.
-        winner = self.run_.winner
+        run.search = None  # It holds the rows; what was learnt does not.
+        winner = run.winner
         self.best_params_ = dict(winner.params)
         self.best_score_ = winner.mean
         self.best_index_ = winner.number
-        self.verdicts_ = self.run_.verdicts
-        self.n_iter_ = int(self.run_.settings["epochs_of_refit"])
-        trials = [trial for trial in self.run_.trials if trial.state == "complete"]
+        self.verdicts_ = run.verdicts
+        self.n_iter_ = int(run.settings["epochs_of_refit"])
+        trials = [trial for trial in run.trials if trial.state == "complete"]
         self.cv_results_ = {
             "params": [trial.params for trial in trials],
             "mean_test_score": np.array([trial.mean for trial in trials]),
             "std_test_score": np.array([float(np.std(trial.scores)) for trial in trials]),
             "mean_train_score": np.array([trial.train_mean for trial in trials]),
         }
+        return self
+
+    def _too_few(self, frame: Any, target: npt.NDArray[Any], weight: npt.NDArray[np.float64]) -> Any:
+        """No folds can be made of so few different rows: the linear model, and a verdict that says so."""
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        problem = _problem(frame, target, weight, self._classifier)
+        spec = make_spec((), len(target), seed)
+        self.model_ = _fitted(problem, spec, _EPOCHS_UNSEEN)
+        text = f"{len(target)} different rows are too few to search: a linear model was fitted."
+        self.verdicts_ = [Verdict("depth", "inconclusive", text, "notice", {"rows": len(target)})]
+        self.run_, self.best_params_, self.n_iter_ = None, {"layers": 0}, _EPOCHS_UNSEEN
         return self
 
 
@@ -263,6 +274,7 @@ class MLPRegressor(RegressorMixin, _Fixed):  # type: ignore[misc]
 class TunedMLPClassifier(_Probabilities, _Tuned):
     """``mlpkit.tune.tune`` as a classifier: strategy, budget, cv, space and random_state are its arguments.
 
+    cv is a number of folds, drawn over the distinct rows; of a list of splits only the length is taken.
     Attributes: run_ (the whole ``Run``), verdicts_, best_params_, best_score_, cv_results_ (finished candidates),
     model_, classes_. The score of the choice itself, corrected for it, is ``run_.estimate``.
     """
@@ -304,6 +316,17 @@ def _problem(frame: Any, target: npt.NDArray[Any], weight: npt.NDArray[np.float6
     own = Target("target", "classification" if classes else "regression", values, labels)
     scaled = None if (weight == weight[0]).all() else weight / weight.mean()
     return Problem(columns, clean(frame, columns), own, len(frame), [], "", scaled)
+
+
+def _fitted(problem: Problem, spec: Spec, epochs: int) -> TunedModel:
+    encoder, mean, scale, rows = encode_all(problem)
+    network = trainer.refit(spec, rows, len(problem.target.classes), epochs)
+    return TunedModel(
+        # In double precision a prediction does not depend on which rows are predicted with it.
+        model=network.double(), task=problem.target.task, target_name="target", classes=problem.target.classes,
+        columns=problem.columns, encoder=encoder, hidden=spec.hidden, activation=spec.activation, norm=spec.norm,
+        dropout=spec.dropout, target_mean=mean, target_scale=scale,
+    )  # fmt: skip
 
 
 def _best_epochs(problem: Problem, spec: Spec, out: int) -> int:

@@ -21,6 +21,7 @@ _SPAN = 0.2  # A part is robust where the best tenth spans this much of its rang
 _NEAR = 0.15  # ... and a neighbour differs by at most this much of it.
 _LEAST = 12
 _BORDER = 0.05
+_LEAST_STEPS = 4  # Of so few values one or the other is always at an end.
 _LEAK_JUMP = 0.2
 
 
@@ -61,7 +62,8 @@ def borders(trials: Sequence[Trial], space: Space) -> list[Verdict]:
     for name in space.free():
         part = space.parts[name]
         used = [trial for trial in done if name in trial.params and _on(space, name, trial.params[name])]
-        if not part.ordered or len(used) < _LEAST:
+        few = isinstance(part, Choice) and len(part.values) < _LEAST_STEPS
+        if not part.ordered or few or len(used) < _LEAST:
             continue
         top = [part.to_unit(trial.params[name]) for trial in used[: max(3, len(used) // 10)]]
         edge = 0.5 / len(part.values) if isinstance(part, Choice) else _BORDER

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mlpkit.report import Code, Fact, Notes, Section, Table, Text, render_page
-from mlpkit.tune import plots
+from mlpkit.tune import plots, search_plots
 from mlpkit.tune.findings import Tone
+from mlpkit.tune.importance import importance
 from mlpkit.tune.ladder import Trial
+from mlpkit.tune.space import Space
 
 if TYPE_CHECKING:
     from mlpkit.tune.run import Run
+
+_MOST_ROWS = 300  # The JSON has them all.
 
 
 def render(run: Run) -> str:
@@ -28,6 +32,7 @@ def render(run: Run) -> str:
             Section(
                 "Leaderboard", [_leaderboard(run)], "Every candidate on the same folds, best first, with its cost."
             ),
+            *_searched(run),
             Section("Learning", [plots.curves(run), *_learning_notes(run)], _learning_intro(run)),
             Section("Folds", [plots.folds(run)], "Each fold is tested by a model that never saw it."),
             Section("Data", _data(run)),
@@ -60,18 +65,57 @@ def _facts(run: Run) -> list[Fact]:
     return [
         Fact("Winner", winner.name, winner.words),
         Fact("R²" if run.metric == "R2" else "Accuracy", f"{winner.mean:.3f}", f"± {winner.se:.3f} SE; {gain}"),
+        *_honest(run),
         Fact("Parameters", f"{winner.parameters:,}", f"{run.settings['epochs_of_refit']} epochs in the final fit"),
         Fact("Time", f"{run.seconds:.0f} s", f"of a budget of {run.settings['budget']}"),
     ]
 
 
+def _honest(run: Run) -> list[Fact]:
+    found = run.estimate
+    facts = []
+    if found is not None:
+        note = f"90 %: {found.low:.3f} to {found.high:.3f}; {found.optimism:.3f} taken off for the choice"
+        facts.append(Fact("To expect", f"{found.score:.3f}", note))
+    if run.test_score is not None:
+        facts.append(Fact("Test table", f"{run.test_score:.3f}", "scored once, by the final model"))
+    return facts
+
+
+def _searched(run: Run) -> list[Section]:
+    """The sections of a search that chose more than layers."""
+    space = Space(run.settings["space"])
+    found = importance(run.trials, space)
+    order = [item.name for item in found]
+    order += [name for name in space.free() if name not in order]
+    sections = []
+    texts = [verdict.text for verdict in run.verdicts[3:] if verdict.kind not in ("budget", "diverged")]
+    if texts:
+        sections.append(Section("Findings", [Notes(texts)], "What the candidates say, each with what decided."))
+    lines = search_plots.parallel(run, space, order)
+    if lines is not None:
+        sections.append(Section("Search", [lines], "Every candidate as a line over what was chosen for it."))
+    slices = search_plots.slices(run, space, order)
+    if slices:
+        sections.append(Section("Slices", slices, "Each part by itself, with its verdict and the alarm of its border."))
+    contours = search_plots.contours(run, space)
+    if contours:
+        sections.append(Section("Contours", contours, "Two parts at a time."))
+    bars = search_plots.importances(found)
+    if bars is not None:
+        sections.append(Section("Importance", [bars], "What the score depended on."))
+    truth = run.truth()
+    if truth is not None:
+        sections.append(Section("Calibration", [search_plots.calibration(*truth)], "Can the probabilities be trusted?"))
+    return sections
+
+
 def _ladder_intro(run: Run) -> str:
-    rest = run.verdicts[3:]
     text = (
         "Points are means over the folds, bars one standard error."
         " A deeper rung replaces a simpler one only if it gains more than that, fold by fold."
     )
-    return " ".join([text, *(verdict.text for verdict in rest)])
+    return " ".join([text, *(verdict.text for verdict in run.verdicts[3:] if verdict.kind in ("budget", "diverged"))])
 
 
 def _leaderboard(run: Run) -> Table:
@@ -80,20 +124,35 @@ def _leaderboard(run: Run) -> Table:
     rest = [trial for trial in run.trials if trial.state != "complete"]
     rows = [_row(trial, linear) for trial in [*done, *rest]]
     rows += [
-        ["-".join(map(str, hidden)), None, None, None, None, None, None, "not tried"] for hidden in run.climb.untried
+        ["-".join(map(str, hidden)), None, None, None, None, None, None, "not tried", None]
+        for hidden in run.climb.untried
     ]
+    rows = rows[:_MOST_ROWS]
     metric = "R²" if run.metric == "R2" else "Accuracy"
-    columns = ["Hidden layers", metric, "SE", "Against linear", "On training rows", "Parameters", "Seconds", "State"]
-    return Table(columns, rows, highlight=[done.index(run.winner)])
+    columns = [
+        "Hidden layers",
+        metric,
+        "SE",
+        "Against linear",
+        "On training rows",
+        "Parameters",
+        "Seconds",
+        "State",
+        "Why it stopped",
+    ]
+    place = done.index(run.winner)
+    return Table(columns, rows, highlight=[place] if place < _MOST_ROWS else [])
 
 
 def _row(trial: Trial, linear: Trial) -> list[object]:
     if trial.state != "complete":
-        return [trial.name, None, None, None, None, trial.parameters, f"{trial.seconds:.1f}", trial.state]
+        return [
+            trial.name, None, None, None, None, trial.parameters, f"{trial.seconds:.1f}", trial.state, trial.reason
+        ]  # fmt: skip
     change = "baseline" if trial is linear else f"{trial.mean - linear.mean:+.4f}"
     return [
         trial.name, f"{trial.mean:.4f}", f"{trial.se:.4f}", change, f"{trial.train_mean:.4f}", trial.parameters,
-        f"{trial.seconds:.1f}", trial.state,
+        f"{trial.seconds:.1f}", trial.state, trial.reason,
     ]  # fmt: skip
 
 

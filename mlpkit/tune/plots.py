@@ -13,20 +13,20 @@ from mlpkit.tune.ladder import Trial
 if TYPE_CHECKING:
     from mlpkit.tune.run import Run
 
-_RUNGS = ("no hidden layer", "one hidden layer", "two hidden layers")
-_TONES = ("var(--quiet)", "var(--accent)", "var(--second)")
+_RUNGS = ("no hidden layer", "one hidden layer", "two hidden layers", "three hidden layers")
+_TONES = ("var(--quiet)", "var(--accent)", "var(--second)", "var(--good)")
+_MOST_A_RUNG = 10
 
 
 def ladder(run: Run) -> Figure:
     """Mean score of every candidate with one SE, the best of each rung joined; band: one SE around the winner."""
-    done = [trial for trial in run.trials if trial.state == "complete"]
+    done = _shown(run)
     names = [trial.name for trial in done]
     winner, metric = run.winner, _metric(run)
     traces: list[dict[str, Any]] = [_joined(run)]
-    for rung, title in enumerate(_RUNGS):
+    for rung in sorted({len(trial.hidden) for trial in done}):
         members = [trial for trial in done if len(trial.hidden) == rung]
-        if members:
-            traces.append(_points(members, title, _TONES[rung]))
+        traces.append(_points(members, _rung(rung), _TONES[min(rung, len(_TONES) - 1)]))
     traces.append(_ring(winner))
     shapes = [_band(winner.mean - winner.se, winner.mean + winner.se)]
     layout = {
@@ -39,7 +39,7 @@ def ladder(run: Run) -> Figure:
         "yaxis": {"title": {"text": metric}, "tickformat": ".3~f"},
         "shapes": shapes,
     }
-    rows = [[trial.name, _RUNGS[len(trial.hidden)], f"{trial.mean:.4f}", f"{trial.se:.4f}"] for trial in done]
+    rows = [[trial.name, _rung(len(trial.hidden)), f"{trial.mean:.4f}", f"{trial.se:.4f}"] for trial in done]
     best = ", ".join(f"{trial.name} {trial.mean:.3f}" for trial in run.climb.best.values())
     return Figure(
         f"{metric} by hidden layers",
@@ -49,6 +49,21 @@ def ladder(run: Run) -> Figure:
         table=Table(["Hidden layers", "Rung", metric, "SE"], rows, "Scores by candidate"),
         height=400,
     )
+
+
+def _shown(run: Run) -> list[Trial]:
+    """The best of every depth, from shallow to deep, in the order they were tried."""
+    done = [trial for trial in run.trials if trial.state == "complete"]
+    shown = []
+    for rung in sorted({len(trial.hidden) for trial in done}):
+        members = [trial for trial in done if len(trial.hidden) == rung]
+        best = sorted(members, key=lambda trial: -trial.mean)[:_MOST_A_RUNG]
+        shown += [trial for trial in members if trial in best or trial is run.climb.best.get(rung)]
+    return shown
+
+
+def _rung(layers: int) -> str:
+    return _RUNGS[layers] if layers < len(_RUNGS) else f"{layers} hidden layers"
 
 
 def curves(run: Run) -> Figure:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
@@ -12,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from mlpkit.report import write_whole
@@ -21,7 +24,8 @@ from mlpkit.tune.findings import Verdict
 from mlpkit.tune.folds import Fold
 from mlpkit.tune.honest import Estimate
 from mlpkit.tune.ladder import Climb, Trial
-from mlpkit.tune.model import TunedModel
+from mlpkit.tune.model import TunedModel, probabilities
+from mlpkit.tune.rows import all_outputs
 
 _FORMAT = "mlpkit-tune"
 _VERSION = 1
@@ -50,6 +54,10 @@ class Run:
     search: Search | None = None
     test_score: float | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the study and the search, which hold locks and the rows."""
+        return {**self.__dict__, "study": None, "search": None}
+
     @property
     def model(self) -> nn.Module:
         """The winner's network, fitted on all rows."""
@@ -65,6 +73,16 @@ class Run:
         """The candidate the ladder chose."""
         return self.climb.winner
 
+    def truth(self) -> tuple[Any, Any] | None:
+        """(probabilities, class numbers) of the winner on all test rows; None for numbers or without outputs."""
+        if self.estimator.task != "classification" or self.search is None:
+            return None
+        outputs = all_outputs(self.winner.outcomes)
+        if outputs is None:
+            return None
+        rows = np.concatenate([fold.test for fold in self.folds])
+        return probabilities(outputs), self.search.problem.target.values[rows]
+
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as one HTML file that works offline."""
         from mlpkit.tune.page import render
@@ -72,7 +90,7 @@ class Run:
         return write_whole(path, render(self))
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write report.html, report.json, model.safetensors and model.json: all of them or, on an error, nothing.
+        """Write report.html, report.json, trials.csv, model.safetensors and model.json: all or, on an error, nothing.
 
         directory: absent or empty; with overwrite an earlier run is replaced.
         """
@@ -81,11 +99,30 @@ class Run:
             self.estimator.save(folder)
             text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
             (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+            (folder / "trials.csv").write_text(self.to_csv(), encoding="utf-8")
             self.report(folder / "report.html")
 
         path = Path(directory)
         rundir.write(path, overwrite, fill)
         return path
+
+    def to_csv(self) -> str:
+        """One line a candidate: name, stage, scores, cost, why it stopped, and what was chosen for it."""
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.params))
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(
+            ["number", "name", "stage", "state", "mean", "se", "train", "parameters", "seconds", "reason", *names]
+        )
+        for trial in self.trials:
+            train = trial.train_mean if trial.outcomes else math.nan
+            writer.writerow(
+                [
+                    trial.number, trial.name, trial.stage, trial.state, trial.mean, trial.se, train, trial.parameters,
+                    round(trial.seconds, 4), trial.reason, *(trial.params.get(name, "") for name in names),
+                ]
+            )  # fmt: skip
+        return stream.getvalue()
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers of the run as plain data: the contents of report.json. Not-a-number becomes None."""

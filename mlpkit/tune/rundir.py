@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from mlpkit.errors import ArgumentError
+from mlpkit.errors import ArgumentError, DataError
 from mlpkit.report._files import check_folder, writing
 
 _MARK = "report.json"
@@ -29,6 +31,19 @@ def check(out: str | os.PathLike[str], overwrite: bool) -> Path:
     # A run replaces its directory, so what must be writable is the folder around it.
     check_folder(path.parent, "out")
     return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What report.json of a run directory holds; DataError if it is none."""
+    try:
+        data = json.loads((path / _MARK).read_text(encoding="utf-8"))
+    except OSError:
+        raise DataError(f"{path} is no run directory: it has no {_MARK}") from None
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or data.get("format") != "mlpkit-tune":
+        raise DataError(f"{path} holds a damaged {_MARK}")
+    return data
 
 
 def free_name(stem: str) -> Path:

@@ -55,7 +55,7 @@ def _depth(climb: Climb, metric: str) -> Verdict:
     )
     if climb.winner_rung == 1 and 2 in climb.steps:
         text += f" A second layer {_change(climb.steps[2])} and did not earn its place."
-    elif climb.winner_rung == 2:
+    elif climb.winner_rung >= 2 and 1 in climb.best:
         below = stats.compare(winner.scores, climb.best[1].scores)
         text += f" Against the best single layer ({climb.best[1].name}) it gains {_ratio(below)} SE."
     return Verdict("depth", f"{climb.winner_rung} hidden", text, "good", _numbers(step, winner, linear))
@@ -106,7 +106,9 @@ def _fit(climb: Climb, metric: str, floor: float) -> Verdict:
 
 def _edge(climb: Climb) -> stats.Comparison | None:
     """The widest single layer against the next narrower one, if the widest is the base of the winner."""
-    if climb.winner_rung == 0 or climb.best[1].hidden != (WIDTHS[-1],):
+    if climb.winner_rung == 0 or 1 not in climb.best or climb.best[1].hidden != (WIDTHS[-1],):
+        return None
+    if any(trial.hidden > (WIDTHS[-1],) and len(trial.hidden) == 1 for trial in climb.trials):
         return None
     narrower = _find(climb, (WIDTHS[-2],))
     return stats.compare(climb.best[1].scores, narrower.scores) if narrower else None
