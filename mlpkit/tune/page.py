@@ -14,6 +14,7 @@ from mlpkit.tune.space import Space
 if TYPE_CHECKING:
     from mlpkit.tune.run import Run
 
+_SEARCHED = 12  # Candidates of the ladder alone are all in its own figure.
 _MOST_ROWS = 300  # The JSON has them all.
 
 
@@ -92,10 +93,11 @@ def _searched(run: Run) -> list[Section]:
     texts = [verdict.text for verdict in run.verdicts[3:] if verdict.kind not in ("budget", "diverged")]
     if texts:
         sections.append(Section("Findings", [Notes(texts)], "What the candidates say, each with what decided."))
-    lines = search_plots.parallel(run, space, order)
+    wide = len(run.trials) >= _SEARCHED
+    lines = search_plots.parallel(run, space, order) if wide else None
     if lines is not None:
         sections.append(Section("Search", [lines], "Every candidate as a line over what was chosen for it."))
-    slices = search_plots.slices(run, space, order)
+    slices = search_plots.slices(run, space, order) if wide else []
     if slices:
         sections.append(Section("Slices", slices, "Each part by itself, with its verdict and the alarm of its border."))
     contours = search_plots.contours(run, space)

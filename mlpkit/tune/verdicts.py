@@ -15,6 +15,7 @@ from mlpkit.tune.ladder import TAPERS, WIDTHS, Climb, Trial, in_words, rise_afte
 _OVERFIT_TIMES_LINEAR = 3.0
 _RISE_SE = 2.0
 _NOTHING = 0.02
+_SEARCHED = 12  # The ladder alone says of a part what its own verdicts say.
 
 
 def judge(climb: Climb, metric: str, floor: float, search: Search | None = None) -> list[Verdict]:
@@ -31,7 +32,8 @@ def judge(climb: Climb, metric: str, floor: float, search: Search | None = None)
     if search is not None:
         more.append(findings.leakage(single_columns(search.problem, search.folds[0]), metric))
         more += findings.borders(climb.trials, search.space)
-        more += findings.hyperparameters(climb.trials, search.space, climb.winner)
+        if len(climb.trials) >= _SEARCHED:
+            more += findings.hyperparameters(climb.trials, search.space, climb.winner)
     return verdicts + [verdict for verdict in more if verdict is not None]
 
 
