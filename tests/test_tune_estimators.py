@@ -19,19 +19,11 @@ FIXED = [
     mlpkit.MLPClassifier((32,), learning_rate_init=0.02, max_iter=60),
     mlpkit.MLPRegressor((32,), learning_rate_init=0.02, max_iter=60),
 ]
-TUNED = [mlpkit.TunedMLPClassifier(budget="1 trials", cv=2), mlpkit.TunedMLPRegressor(budget="1 trials", cv=2)]
 
 
 @pytest.mark.filterwarnings("default")
 @parametrize_with_checks(FIXED)
 def test_scikit_learns_checks(estimator, check):
-    check(estimator)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-@parametrize_with_checks(TUNED)
-def test_scikit_learns_checks_of_the_search(estimator, check):
     check(estimator)
 
 
