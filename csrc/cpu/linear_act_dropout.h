@@ -30,6 +30,7 @@ struct ActDropoutForward {  // y = act(z) * mask * scale,  z = product + bias
       saved;  // [total_rows, total_cols]: act'(z), float16 where T is bfloat16, or prelu's z; nullptr where not needed
   uint16_t* keep;      // [row tiles, col tiles, 16 rows]: bit c is set where an element is kept (relu: and lives)
   uint16_t* positive;  // same shape: set where z > 0 (leaky_relu); otherwise nullptr
+  double* absmax;      // raised to the largest |y| of the region, above which only a NaN counts; or nullptr
 };
 
 // dz of a region, as the products of the backward pass read it: whole groups of 16 columns, those beyond the output
@@ -65,6 +66,9 @@ struct Convert {  // to = from, count elements; one of the two dtypes is float32
   void* to;
   int64_t count;
 };
+
+// The larger of two magnitudes as the bits order them: a NaN is above all numbers.
+inline double larger_magnitude(double a, double b) { return a != a || a > b ? a : b; }
 
 inline int64_t mask_tiles(int64_t extent) { return (extent + kMaskTile - 1) / kMaskTile; }
 

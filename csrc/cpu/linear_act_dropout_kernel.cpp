@@ -71,6 +71,8 @@ MLPKIT_HD void each_band(const Region& region, Body&& body) {
 
 // Calls body(tile, first_row, end_row) for a few rows of each tile, then for the next few.
 constexpr int kRowsTogether = 4;
+// Rows between one that is read and one that is fetched early: the hardware guesses no further than to a page's end.
+constexpr int kAhead = 8;
 template <class Body>
 MLPKIT_HD void each_strip(const Band& band, Body&& body) {
   for (int first = 0; first < band.rows; first += kRowsTogether) {
@@ -80,20 +82,43 @@ MLPKIT_HD void each_strip(const Band& band, Body&& body) {
 }
 
 // Bit c of keep[tile][r] is set where element (r, c) is kept.
-MLPKIT_HD void draw(const Dropout& dropout, const Band& band, BandBits& keep) {
-  const bool draws = dropout.threshold > 0 && dropout.threshold < 65536;
-  MaskTile mask;
-  for (int tile = 0; tile < band.tiles; ++tile) {
-    if (draws) mask.fill(dropout, band.first_tile + tile);
-    for (int r = 0; r < kMaskTile; ++r)
-      keep[tile][r] = static_cast<uint16_t>(draws ? mask.keep(r, dropout.threshold) : dropout.threshold ? 0 : kAllKept);
+__attribute__((noinline)) void draw(const Dropout& dropout, const Band& band, BandBits& keep) {
+  if (dropout.threshold == 0 || dropout.threshold >= 65536) {
+    __builtin_memset(keep, dropout.threshold ? 0 : 0xff, sizeof(keep));
+    return;
   }
+  MaskTiles mask(dropout);
+  for (int tile = 0; tile < band.tiles; ++tile) mask.draw(band.first_tile + tile, keep[tile]);
 }
 
 // Bits of the band's rows, to or from where all of the output's lie.
 MLPKIT_HD void save_bits(const Band& band, const BandBits& bits, uint16_t* all) {
   for (int tile = 0; tile < band.tiles; ++tile)
     __builtin_memcpy(all + (band.first_tile + tile) * kMaskTile, bits[tile], band.rows * sizeof(uint16_t));
+}
+
+// The largest magnitude of a band that was written just now, read while it is in the nearest cache. As integers,
+// magnitudes are ordered like the numbers, and every NaN is above them.
+template <class T, class C>
+__attribute__((noinline)) double largest_magnitude(const Band& band, const T* y, int64_t stride) {
+  using V = typename Wide<C>::type;
+  using Bits = std::conditional_t<sizeof(C) == 8, int64_t, IntVec>;
+  constexpr Bits magnitude = Bits{} + (sizeof(C) == 8 ? INT64_MAX : INT32_MAX);
+  Bits largest{};
+  for (int r = 0; r < band.rows; ++r)
+    for (int tile = 0; tile < band.tiles; ++tile) {
+      TileRow<C> values;
+      values.read(y + (band.row + r) * stride + band.col + tile * kMaskTile, band.tile_cols(tile));
+      for (const V v : values.v) {
+        const Bits bits = math::bits_as<Bits>(v) & magnitude;
+        largest = bits > largest ? bits : largest;
+      }
+    }
+  C lanes[Wide<C>::lanes];
+  __builtin_memcpy(lanes, &largest, sizeof(lanes));
+  double result = 0;
+  for (const C lane : lanes) result = larger_magnitude(lane, result);
+  return result;
 }
 
 template <class A, class T, class C>
@@ -135,8 +160,10 @@ void forward(const ActDropoutForward& given) {
           }
         }
         value.write(y, cols);
+        __builtin_prefetch(y + kAhead * stride, 1);
         if (args.saved) {
           saving.write(saved, cols);
+          __builtin_prefetch(saved + kAhead * stride, 1);
           saved += stride;
         }
         if (__is_same(A, Relu)) keep[tile][r] = static_cast<uint16_t>(kept & live);
@@ -147,6 +174,8 @@ void forward(const ActDropoutForward& given) {
     });
     if (args.keep) save_bits(band, keep, args.keep);
     if (__is_same(A, LeakyRelu) && args.positive) save_bits(band, positive, args.positive);
+    if (args.absmax)
+      *args.absmax = larger_magnitude(largest_magnitude<T, C>(band, element<T>(args.y, 0), stride), *args.absmax);
   });
 }
 
@@ -208,9 +237,11 @@ void backward(const ActDropoutBackward& given) {
       for (int r = first; r < end; ++r) {
         TileRow<C> dy, saved, dz;
         dy.read(from, cols);
+        __builtin_prefetch(from + kAhead * stride);
         from += stride;
         if (A::needs == Needs::preactivation) {
           saved.read(saved_from, cols);
+          __builtin_prefetch(saved_from + kAhead * stride);
           saved_from += stride;
         }
         const unsigned keep = args.keep ? args.keep[words + r] : kAllKept;

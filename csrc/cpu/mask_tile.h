@@ -1,4 +1,4 @@
-// The dropout mask of one 16x16 tile, computed on whole vectors; bit for bit the contract of core/dropout_mask.h (cpu).
+// The dropout mask in 16x16 tiles, computed on whole vectors; bit for bit the contract of core/dropout_mask.h (cpu).
 #pragma once
 #include "core/dropout_mask.h"
 #include "cpu/philox_lanes.h"
@@ -6,50 +6,78 @@
 
 MLPKIT_BEGIN_ISA
 
-class MaskTile {
+// Of tiles drawn one after the other: the generator's keys are made once. 0 < dropout.threshold < 65536.
+class MaskTiles {
  public:
-  MLPKIT_HD void fill(const Dropout& dropout, uint64_t tile) {
-    PhiloxTile philox(dropout);
-    philox.move_to(tile);
+  MLPKIT_HD explicit MaskTiles(const Dropout& dropout) : philox_(dropout), threshold_(dropout.threshold) {}
+
+  // Bit c of keep[r] is set where element (r, c) is kept.
+  MLPKIT_HD void draw(uint64_t tile, uint16_t (&keep)[kMaskTile]) {
+    philox_.move_to(tile);
+    Halves halves;
     for (int first = 0; first < kMaskLanes; first += kPhiloxVectors * kPhiloxLanes) {
       LongVec lane[kPhiloxVectors], words[kPhiloxVectors][4];
-      for (int i = 0; i < kPhiloxVectors * kPhiloxLanes; ++i) lane[i / kPhiloxLanes][i % kPhiloxLanes] = first + i;
-      philox.words(lane, words);
+      for (int i = 0; i < kPhiloxVectors; ++i) lane[i] = calls_from(first + i * kPhiloxLanes);
+      philox_.words(lane, words);
       for (int word = 0; word < 4; ++word)
         for (int i = 0; i < kPhiloxVectors; i += 2)
-          store_low_halves(&words_[word][first + i * kPhiloxLanes], words[i][word], words[i + 1][word]);
+          keep_half(word, first + i * kPhiloxLanes, words[i][word], words[i + 1][word], halves);
     }
-  }
-
-  // Row r of the tile: bit c is set where element (r, c) is kept. 0 < threshold < 65536.
-  MLPKIT_HD unsigned keep(int r, uint32_t threshold) const {
-    const uint32_t* left = &words_[r >> 3][(r & 7) * 4];
-    const uint32_t* right = &words_[(r >> 3) + 2][(r & 7) * 4];
-#if defined(__AVX512BW__)
-    const __m256i bits =
-        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(left))),
-                                _mm_load_si128(reinterpret_cast<const __m128i*>(right)), 1);
-    return _mm256_cmpge_epu16_mask(bits, _mm256_set1_epi16(static_cast<short>(threshold)));
-#elif defined(__SSE2__)
-    // SSE2 compares signed words only: both sides are shifted by 2^15.
-    const __m128i bias = _mm_set1_epi16(-32768), limit = _mm_set1_epi16(static_cast<short>((threshold - 1) ^ 0x8000));
-    const __m128i low =
-        _mm_cmpgt_epi16(_mm_xor_si128(_mm_load_si128(reinterpret_cast<const __m128i*>(left)), bias), limit);
-    const __m128i high =
-        _mm_cmpgt_epi16(_mm_xor_si128(_mm_load_si128(reinterpret_cast<const __m128i*>(right)), bias), limit);
-    return static_cast<unsigned>(_mm_movemask_epi8(_mm_packs_epi16(low, high)));
-#else
-    unsigned mask = 0;
-    for (int c = 0; c < kMaskTile; ++c) {
-      const uint32_t word = (c < 8 ? left : right)[(c & 7) / 2];
-      mask |= ((c & 1 ? word >> 16 : word & 0xffffu) >= threshold ? 1u : 0u) << c;
-    }
-    return mask;
-#endif
+    for (int below = 0; below < 2; ++below) join(halves.bits[below], halves.bits[below + 2], keep + below * 8);
   }
 
  private:
-  alignas(64) uint32_t words_[4][kMaskLanes];
+  struct Halves {
+    alignas(16) uint8_t bits[4][8];  // of a word of the calls: eight rows' left or right eight columns
+  };
+
+  MLPKIT_HD static LongVec calls_from(int first) {
+    LongVec lane;
+    for (int i = 0; i < kPhiloxLanes; ++i) lane[i] = i;
+    return lane + static_cast<uint64_t>(first);
+  }
+
+#if defined(__AVX512BW__)
+  // Word `word` of kLanes calls from `call` on, each of which holds two columns of a row: four rows' bits at once.
+  MLPKIT_HD void keep_half(int word, int call, LongVec first, LongVec second, Halves& halves) const {
+    const __m512i pairs = (__m512i)low_halves(first, second);
+    const uint32_t bits = _mm512_cmpge_epu16_mask(pairs, _mm512_set1_epi16(static_cast<short>(threshold_)));
+    __builtin_memcpy(halves.bits[word] + call / 4, &bits, sizeof(bits));
+  }
+#else
+  MLPKIT_HD void keep_half(int word, int call, LongVec first, LongVec second, Halves& halves) const {
+    uint32_t pairs[kLanes];
+    store_bits(pairs, low_halves(first, second));
+    for (int i = 0; i < kLanes; i += 4) halves.bits[word][(call + i) / 4] = keep_row(pairs + i);
+  }
+  // Bits of eight columns, two in a word.
+  MLPKIT_HD uint8_t keep_row(const uint32_t* pairs) const {
+#if defined(__SSE2__)
+    // SSE2 compares signed words only: both sides are shifted by 2^15.
+    const __m128i bias = _mm_set1_epi16(-32768), limit = _mm_set1_epi16(static_cast<short>((threshold_ - 1) ^ 0x8000));
+    const __m128i words = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pairs)), bias);
+    const __m128i kept = _mm_cmpgt_epi16(words, limit);
+    return static_cast<uint8_t>(_mm_movemask_epi8(_mm_packs_epi16(kept, kept)));
+#else
+    unsigned bits = 0;
+    for (int c = 0; c < 8; ++c) bits |= ((c & 1 ? pairs[c / 2] >> 16 : pairs[c / 2] & 0xffffu) >= threshold_) << c;
+    return static_cast<uint8_t>(bits);
+#endif
+  }
+#endif
+
+  MLPKIT_HD static void join(const uint8_t* left, const uint8_t* right, uint16_t* rows) {
+#if defined(__SSE2__)
+    const __m128i lefts = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(left));
+    const __m128i rights = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(right));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(rows), _mm_unpacklo_epi8(lefts, rights));
+#else
+    for (int r = 0; r < 8; ++r) rows[r] = static_cast<uint16_t>(left[r] | right[r] << 8);
+#endif
+  }
+
+  PhiloxTile philox_;
+  uint32_t threshold_;
 };
 
 MLPKIT_END_ISA

@@ -12,8 +12,12 @@ constexpr int kTile = kMaskTile;
 constexpr unsigned kAllKept = 0xffffu;
 
 // Calls, not inlined: every pair of activation and dtype has its own loops, and these do not differ between them.
-__attribute__((noinline)) void draw(MaskTile& mask, const Dropout& dropout, uint64_t number) {
-  mask.fill(dropout, number);
+__attribute__((noinline)) void draw(const Dropout& dropout, uint64_t number, uint16_t (&keep)[kTile]) {
+  if (dropout.threshold == 0 || dropout.threshold >= 65536) {
+    __builtin_memset(keep, dropout.threshold ? 0 : 0xff, sizeof(keep));
+    return;
+  }
+  MaskTiles(dropout).draw(number, keep);
 }
 template <class T, class C>
 __attribute__((noinline)) void take_row_moments(const NormActDropoutForward& args, int64_t row) {
@@ -58,19 +62,18 @@ MLPKIT_HD void forward_tile(const NormActDropoutForward& args, int64_t row, int6
   const int rows = tile_extent(args.region.row + args.region.rows - row);
   const int cols = tile_extent(args.region.col + args.region.cols - col);
   const uint32_t threshold = args.dropout.threshold;
-  const bool draws = threshold > 0 && threshold < 65536;
   const C scale = static_cast<C>(args.dropout.scale);
   TileNorm<C> norm(args.norm, col, cols);
   TileRow<C> slope, x, y;
   slope.read_or_fill(args.slope, col, cols, static_cast<C>(args.negative_slope));
-  MaskTile mask;
-  if (draws) draw(mask, args.dropout, number);
+  uint16_t kept_of_row[kTile];
+  draw(args.dropout, number, kept_of_row);
   for (int r = 0; r < rows; ++r) {
     const int64_t index = (row + r) * args.region.total_cols + col;
     norm.take_row(args.norm, row + r);
     x.read(element<T>(args.z, index), cols);
     norm.normalise(x);
-    const unsigned keep = draws ? mask.keep(r, threshold) : threshold ? 0u : kAllKept;
+    const unsigned keep = kept_of_row[r];
     unsigned live = 0, positive = 0;
     for (int i = 0; i < TileRow<C>::count; ++i) {
       const V u = norm.affine(x, i);

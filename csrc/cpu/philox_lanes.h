@@ -84,14 +84,10 @@ class PhiloxTile {
   uint64_t start_, second_, third_[4];  // what all calls of the tile share in the first three rounds
 };
 
-// The lower halves of a vector, or of two, side by side.
-MLPKIT_HD void store_low_halves(uint32_t* to, LongVec lanes) {
-  typedef uint32_t Narrow __attribute__((vector_size(kLanes * 2)));
-  store_bits(to, __builtin_convertvector(lanes, Narrow));
-}
-MLPKIT_HD void store_low_halves(uint32_t* to, LongVec first, LongVec second) {
+// The lower halves of two vectors side by side.
+MLPKIT_HD UintVec low_halves(LongVec first, LongVec second) {
   constexpr UintVec even = MLPKIT_EVEN_LANES;
-  store_bits(to, __builtin_shuffle((UintVec)first, (UintVec)second, even));
+  return __builtin_shuffle((UintVec)first, (UintVec)second, even);
 }
 
 MLPKIT_END_ISA

@@ -275,6 +275,11 @@ TORCH_LIBRARY_FRAGMENT(mlpkit, m) {
   m.def(
       "linear_act_dropout_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? slope, Tensor? seed, str activation, "
       "float negative_slope, float p, int stream, bool save) -> (Tensor y, Tensor z, Tensor bits)");
+  // The same, and the largest |y| from the epilogue: float64 without dimensions, NaN where y holds one. CPU only.
+  m.def(
+      "linear_act_dropout_forward_watched(Tensor x, Tensor weight, Tensor? bias, Tensor? slope, Tensor? seed, str "
+      "activation, float negative_slope, float p, int stream, bool save) -> (Tensor y, Tensor z, Tensor bits, Tensor "
+      "absmax)");
   m.def(
       "linear_act_dropout_backward(Tensor dy, Tensor x, Tensor weight, Tensor? slope, Tensor z, Tensor bits, str "
       "activation, "

@@ -14,6 +14,7 @@ namespace mlpkit {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;               // y, z, bits
+using WatchedResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;   // y, z, bits, absmax
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias, dslope
 
 // The problem as two-dimensional sizes: y is [rows, cols], x is [rows, depth], weight is [cols, depth].

@@ -4,9 +4,11 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cstring>
+#include <vector>
 
 #include "ops/elementwise.h"
 #include "ops/huge_pages.h"
@@ -19,14 +21,16 @@ namespace {
 
 using namespace elementwise;
 
-ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
-                      double negative_slope, double p, int64_t stream, bool save) {
+// absmax: filled with the largest |y| of each block, or nullptr.
+ForwardResult forward_of_blocks(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
+                                double negative_slope, double p, int64_t stream, bool save,
+                                std::vector<double>* absmax) {
   const LinearActDropout op = check_linear_act_dropout(x, weight, bias, slope, seed, activation, p, stream);
   at::Tensor y = in_huge_pages(at::empty(output_sizes(x, op.cols), x.options()));
   const bool saves = save && op.needs == Needs::preactivation;
-  at::Tensor z = saves ? in_huge_pages(at::empty(y.sizes(), x.options().dtype(saved_dtype(x, op.activation))))
-                       : at::empty({0}, x.options());
+  at::Tensor z =
+      saves ? in_huge_pages(at::empty(y.sizes(), x.options().dtype(saved_dtype(x, op.activation)))) : at::empty({0}, x.options());
   at::Tensor bits = at::empty({save ? op.bits_bytes() : 0}, x.options().dtype(at::kByte));
   if (y.numel() == 0) return {y, z, bits};
 
@@ -37,23 +41,46 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
   const Dropout dropout = dropout_of(op, seed, stream);
   const Operand left{op.dtype, inputs.const_data_ptr(), op.depth, false};
   const Operand right{op.dtype, weights.const_data_ptr(), op.depth, true};
+  const int64_t down = ceil_div(op.rows, kTileRows);
+  if (absmax) absmax->assign(down * ceil_div(op.cols, kTileCols), 0.0);
   each_block({op.rows, op.cols, kTileRows, kTileCols, op.depth}, [&](const Block& block, Scratch& scratch) {
-    multiply(left, right, op.depth, block, scratch.tile(), block.cols, scratch);
-    cpu::act_dropout_forward({{block.row, block.rows, block.col, block.cols, op.cols},
-                              op.dtype,
-                              op.activation,
-                              dropout,
-                              slopes.single,
-                              scratch.tile(),
-                              block.cols,
-                              data_or_null(biases),
-                              data_or_null(slopes.by_column),
-                              y.mutable_data_ptr(),
-                              z.numel() ? z.mutable_data_ptr() : nullptr,
-                              planes.keep,
-                              planes.positive});
+    double* largest = absmax ? &(*absmax)[block.col / kTileCols * down + block.row / kTileRows] : nullptr;
+    multiply_in_strips(left, right, op.depth, block, scratch, [&](const Block& strip, const void* c, int64_t ldc) {
+      cpu::act_dropout_forward({{strip.row, strip.rows, strip.col, strip.cols, op.cols},
+                                op.dtype,
+                                op.activation,
+                                dropout,
+                                slopes.single,
+                                c,
+                                ldc,
+                                data_or_null(biases),
+                                data_or_null(slopes.by_column),
+                                y.mutable_data_ptr(),
+                                z.numel() ? z.mutable_data_ptr() : nullptr,
+                                planes.keep,
+                                planes.positive,
+                                largest});
+    });
   });
   return {y, z, bits};
+}
+
+ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
+                      double negative_slope, double p, int64_t stream, bool save) {
+  return forward_of_blocks(x, weight, bias, slope, seed, activation, negative_slope, p, stream, save, nullptr);
+}
+
+WatchedResult forward_watched(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& slope, const OptionalTensor& seed, std::string_view activation,
+                              double negative_slope, double p, int64_t stream, bool save) {
+  std::vector<double> absmax;
+  auto [y, z, bits] =
+      forward_of_blocks(x, weight, bias, slope, seed, activation, negative_slope, p, stream, save, &absmax);
+  at::Tensor largest = at::zeros({}, x.options().dtype(at::kDouble));
+  double& total = *largest.mutable_data_ptr<double>();
+  for (const double of_block : absmax) total = larger_magnitude(of_block, total);
+  return {y, z, bits, largest};
 }
 
 BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
@@ -113,6 +140,7 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
 
 TORCH_LIBRARY_IMPL(mlpkit, CPU, m) {
   m.impl("linear_act_dropout_forward", forward);
+  m.impl("linear_act_dropout_forward_watched", forward_watched);
   m.impl("linear_act_dropout_backward", backward);
 }
 

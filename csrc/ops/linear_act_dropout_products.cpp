@@ -245,8 +245,8 @@ void fp64_products(const DzProducts& problem, const FormDz& form_dz) {
   });
   const auto product = [&](void* out, int64_t rows, int64_t length, bool transposed, const void* other) {
     const Operand a{Dtype::float64, dz, stride, transposed}, b{Dtype::float64, other, depth, false};
-    each_block({rows, depth, kTileRows, kTileCols, length}, [&](const Block& block, Scratch& scratch) {
-      multiply(a, b, length, block, static_cast<double*>(out) + block.row * depth + block.col, depth, scratch);
+    each_block({rows, depth, kTileRows, kTileCols, length}, [&](const Block& block, Scratch&) {
+      multiply_doubles(a, b, length, block, static_cast<double*>(out) + block.row * depth + block.col, depth);
     });
   };
   if (problem.dx) product(problem.dx, problem.rows, problem.cols, false, problem.weight);

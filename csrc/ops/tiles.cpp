@@ -12,6 +12,7 @@ namespace mlpkit {
 namespace {
 
 constexpr double kFlopsWorthAThread = 4e5;
+constexpr int64_t kStripRows = 48;  // whole blocks of the product's kernels, whole tiles of the mask
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
@@ -26,6 +27,23 @@ void pack_lanes(bool pairs, const GemmLanes& g) {
   if (pairs) return isa_avx512_bf16::gemm_lanes_pairs(g);
 #endif
   cpu::gemm_lanes(g);
+}
+
+struct Lanes {
+  const float* data;
+  int64_t row_stride, depth_stride;
+};
+
+// Short rows of floats are read where they are. Long ones may lie a multiple of a page apart, and would evict each
+// other from the nearest cache.
+bool in_place(const Operand& a, bool pairs) {
+  return a.dtype == Dtype::float32 && !pairs && !a.transposed && a.stride <= kGemmDepth;
+}
+
+Lanes lanes_of(const Operand& a, bool pairs, int64_t row, int64_t rows, int64_t k, int64_t numbers, Scratch& scratch) {
+  if (in_place(a, pairs)) return {reinterpret_cast<const float*>(at(a, row, k)), a.stride, 1};
+  pack_lanes(pairs, {a.dtype, a.transposed, rows, numbers, at(a, row, k), a.stride, scratch.lanes()});
+  return {scratch.lanes(), a.transposed ? 1 : kGemmStride, a.transposed ? kGemmStride : 1};
 }
 
 }  // namespace
@@ -93,22 +111,35 @@ void multiply_packed(bool pairs, const GemmMultiply& product) {
   cpu::gemm_multiply(product);
 }
 
-void multiply(const Operand& a, const Operand& b, int64_t depth, const Block& block, void* c, int64_t ldc,
-              Scratch& scratch) {
+void multiply_doubles(const Operand& a, const Operand& b, int64_t depth, const Block& block, double* c, int64_t ldc) {
+  const SingleThreadedBlas single;
+  gemm({at::kDouble, a.transposed, b.transposed, block.rows, block.cols, depth, at(a, block.row, 0), a.stride,
+        at(b, 0, block.col), b.stride, c, ldc});
+}
+
+void multiply_in_strips(const Operand& a, const Operand& b, int64_t depth, const Block& block, Scratch& scratch,
+                        const std::function<void(const Block&, const void*, int64_t)>& body) {
   if (a.dtype == Dtype::float64) {
-    const SingleThreadedBlas single;
-    return gemm({at::kDouble, a.transposed, b.transposed, block.rows, block.cols, depth, at(a, block.row, 0), a.stride,
-                 at(b, 0, block.col), b.stride, c, ldc});
+    multiply_doubles(a, b, depth, block, static_cast<double*>(scratch.tile()), block.cols);
+    return body(block, scratch.tile(), block.cols);
   }
   const bool pairs = prefers_bfloat16_pairs() && a.dtype == Dtype::bfloat16 && b.dtype == Dtype::bfloat16;
   const int64_t longest = kGemmDepth * (pairs ? 2 : 1);
+  float* tile = static_cast<float*>(scratch.tile());
   int64_t k = 0;
   do {  // once even where the depth is 0, to write the zeros
     const int64_t numbers = std::min(longest, depth - k);
+    const bool last = k + numbers >= depth;
     const float* panels = packed(b, pairs, k, numbers, block.col, block.cols, scratch, 0);
-    pack_lanes(pairs, {a.dtype, a.transposed, block.rows, numbers, at(a, block.row, k), a.stride, scratch.lanes()});
-    multiply_packed(pairs, {block.rows, block.cols, numbers, scratch.lanes(), a.transposed ? 1 : kGemmStride,
-                            a.transposed ? kGemmStride : 1, panels, static_cast<float*>(c), ldc, k > 0});
+    const Lanes lanes = lanes_of(a, pairs, block.row, block.rows, k, numbers, scratch);
+    for (int64_t row = 0, rows; row < block.rows; row += rows) {
+      rows = block.rows - row;
+      if (last && rows >= kStripRows + kGemmFewLines) rows = kStripRows;
+      float* c = k == 0 && last ? tile : tile + row * block.cols;
+      multiply_packed(pairs, {rows, block.cols, numbers, lanes.data + row * lanes.row_stride, lanes.row_stride,
+                              lanes.depth_stride, panels, c, block.cols, k > 0});
+      if (last) body({block.row + row, rows, block.col, block.cols}, c, block.cols);
+    }
     k += longest;
   } while (k < depth);
 }

@@ -72,9 +72,13 @@ const float* packed(const Operand& b, bool pairs, int64_t from, int64_t depth, i
                     Scratch& scratch, int i);
 void multiply_packed(bool pairs, const GemmMultiply& product);
 
-// c = op(a) op(b) for the rows and columns of a block, summed over `depth` in fp32 (fp64 for float64 operands). c is
-// the block's first element, float or double.
-void multiply(const Operand& a, const Operand& b, int64_t depth, const Block& block, void* c, int64_t ldc,
-              Scratch& scratch);
+// c = op(a) op(b) for the rows and columns of a block, float64 operands. c is the block's first element.
+void multiply_doubles(const Operand& a, const Operand& b, int64_t depth, const Block& block, double* c, int64_t ldc);
+
+// The same for operands of any dtype, summed over `depth` in fp32 (fp64 for float64), in strips of rows that are handed
+// on while they are in the nearest cache: body(strip, its product as float or double, row stride). A strip begins at a
+// multiple of 16 rows of the block.
+void multiply_in_strips(const Operand& a, const Operand& b, int64_t depth, const Block& block, Scratch& scratch,
+                        const std::function<void(const Block& strip, const void* c, int64_t ldc)>& body);
 
 }  // namespace mlpkit

@@ -12,6 +12,7 @@ struct Forward {
   bool save;
   Numbers product, bias, slope, y, saved;
   Plane keep, positive;
+  double absmax = 0;
 
   Forward(const Layer& layer, Draw& draw)
       : layer(layer),
@@ -47,10 +48,16 @@ struct Forward {
     args.saved = or_null(saved);
     args.keep = save ? keep.data() : nullptr;
     args.positive = save && layer.activation == Activation::leaky_relu ? positive.data() : nullptr;
+    args.absmax = save ? &absmax : nullptr;
     mlpkit::cpu::act_dropout_forward(args);
   }
 
   void compare(Report& report) const {
+    Real largest = 0;
+    layer.each([&](int64_t row, int64_t col, int64_t element) {
+      if (save && layer.inside(row, col)) largest = std::max(largest, std::fabs(y.get(element)));
+    });
+    report.that("absmax", 0, absmax == static_cast<double>(largest));
     layer.each([&](int64_t row, int64_t col, int64_t element) {
       if (layer.inside(row, col)) return compare_element(row, col, element, report);
       report.that("y outside the region", element, y.untouched(element));

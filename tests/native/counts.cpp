@@ -64,11 +64,12 @@ __attribute__((noinline)) unsigned count_mask_tile() {
   mlpkit::Dropout dropout;
   dropout.seed = 7;
   dropout.threshold = 19661;
-  mlpkit::MaskTile mask;
+  mlpkit::MaskTiles mask(dropout);
   unsigned mixed = 0;
   for (uint64_t tile = 0; tile < 256; ++tile) {
-    mask.fill(dropout, tile);
-    for (int row = 0; row < mlpkit::kMaskTile; ++row) mixed ^= mask.keep(row, dropout.threshold);
+    uint16_t keep[mlpkit::kMaskTile];
+    mask.draw(tile, keep);
+    for (const uint16_t row : keep) mixed ^= row;
   }
   return mixed;
 }
