@@ -1,4 +1,4 @@
-// Large fresh memory in huge pages, where the system leaves that choice to programs (ops).
+// Large tensors in huge pages, where the system leaves that choice to programs (ops).
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -16,15 +16,6 @@ inline void advise_huge_pages([[maybe_unused]] const at::Tensor& tensor, [[maybe
   const uintptr_t begin = (data + page - 1) / page * page, end = (data + tensor.nbytes()) / page * page;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
 #endif
-}
-
-// Asks for huge pages under a tensor about to be written: each fresh small page would cost a fault of about a
-// microsecond, more than the writing. A hint that may be refused; small tensors are left alone.
-inline const at::Tensor& in_huge_pages(const at::Tensor& fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  advise_huge_pages(fresh, MADV_HUGEPAGE);
-#endif
-  return fresh;
 }
 
 // Moves a tensor in use into huge pages, where the system can (Linux 6.1): a tenth less time for whoever reads it once

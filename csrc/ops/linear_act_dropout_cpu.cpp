@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "ops/elementwise.h"
-#include "ops/huge_pages.h"
+#include "ops/kept_memory.h"
 #include "ops/linear_act_dropout.h"
 #include "ops/linear_act_dropout_products.h"
 #include "ops/tiles.h"
@@ -27,10 +27,10 @@ ForwardResult forward_of_blocks(const at::Tensor& x, const at::Tensor& weight, c
                                 double negative_slope, double p, int64_t stream, bool save,
                                 std::vector<double>* absmax) {
   const LinearActDropout op = check_linear_act_dropout(x, weight, bias, slope, seed, activation, p, stream);
-  at::Tensor y = in_huge_pages(at::empty(output_sizes(x, op.cols), x.options()));
+  at::Tensor y = empty_kept(output_sizes(x, op.cols), x.options());
   const bool saves = save && op.needs == Needs::preactivation;
   at::Tensor z =
-      saves ? in_huge_pages(at::empty(y.sizes(), x.options().dtype(saved_dtype(x, op.activation)))) : at::empty({0}, x.options());
+      saves ? empty_kept(y.sizes(), x.options().dtype(saved_dtype(x, op.activation))) : at::empty({0}, x.options());
   at::Tensor bits = at::empty({save ? op.bits_bytes() : 0}, x.options().dtype(at::kByte));
   if (y.numel() == 0) return {y, z, bits};
 
@@ -125,8 +125,8 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
   };
 
   const at::Tensor inputs = x.contiguous(), weights = weight.contiguous();
-  at::Tensor dx = needs[0] ? in_huge_pages(at::empty(x.sizes(), options)) : absent;
-  at::Tensor dweight = needs[1] ? in_huge_pages(at::empty(weight.sizes(), options)) : absent;
+  at::Tensor dx = needs[0] ? empty_kept(x.sizes(), options) : absent;
+  at::Tensor dweight = needs[1] ? empty_kept(weight.sizes(), options) : absent;
   at::Tensor dbias = absent, dslope = absent;
   multiply_dz({op.rows, op.cols, op.depth, op.dtype, inputs.const_data_ptr(), weights.const_data_ptr(),
                needs[0] ? dx.mutable_data_ptr() : nullptr, needs[1] ? dweight.mutable_data_ptr() : nullptr},

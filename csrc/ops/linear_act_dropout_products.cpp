@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "ops/huge_pages.h"
+#include "ops/kept_memory.h"
 
 namespace mlpkit {
 namespace {
@@ -50,7 +50,7 @@ void multiply_tile(Gradient gradient, const float* lanes, bool pairs, int64_t ro
 }
 
 at::Tensor floats(int64_t rows, int64_t cols) {
-  return in_huge_pages(at::empty({rows, cols}, at::TensorOptions().dtype(at::kFloat)));
+  return empty_kept({rows, cols}, at::TensorOptions().dtype(at::kFloat));
 }
 
 // Rounds [rows, cols] floats to out's dtype; out has row stride `stride`.
