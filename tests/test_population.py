@@ -282,6 +282,12 @@ def test_a_logarithmic_target_comes_back_as_itself():
         population([member], (X, y), log_target=True)
 
 
+def test_read_only_tables_are_taken_without_a_warning():
+    X, y = np.random.default_rng(0).normal(size=(30, 3)), np.arange(30) % 2
+    X.flags.writeable = y.flags.writeable = False
+    Population([Member(epochs=1)], X, y, loss="cross_entropy", progress=False).fit()
+
+
 def test_double_input_is_rounded_and_tables_of_numpy_are_taken():
     X, y = classes_table(50)
     member = Member(hidden=(8,), epochs=2)

@@ -73,7 +73,8 @@ def _tensor(values: Any, name: str, owner: str) -> Tensor:
             f"{owner}: {name} has dtype {array.dtype}; it must be numbers. Strings are encoded one layer up: "
             "mlpkit.tune takes tables as they are"
         )
-    return torch.from_numpy(np.ascontiguousarray(array))
+    # Those of pandas may be read-only, which torch warns of.
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _classes(y: Any, owner: str) -> Tensor:
