@@ -15,12 +15,12 @@ from mlpkit.trace import Tracer
 
 HERE = Path(__file__).parent
 EVERY = [
-    pytest.param(name, variant, id=f"{name}-{variant.index}", marks=[pytest.mark.slow] if variant.index else [])
+    pytest.param(name, variant, id=f"{name}-{variant.index}", marks=[pytest.mark.exhaustive] if variant.index else [])
     for name in CASES
     for variant in VARIANTS
 ]
 QUIET = [
-    pytest.param(name, variant, id=f"{name}-{variant.index}", marks=[pytest.mark.slow] if variant.index else [])
+    pytest.param(name, variant, id=f"{name}-{variant.index}", marks=[pytest.mark.exhaustive] if variant.index else [])
     for name in HEALTHY
     for variant in VARIANTS
 ]
@@ -87,7 +87,7 @@ def command_line(*arguments, out):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_script_gets_the_same_answer(name, tmp_path):
     case, variant = CASES[name], VARIANTS[0]
@@ -99,7 +99,7 @@ def test_a_script_gets_the_same_answer(name, tmp_path):
     assert first.split(": ", 2)[2].split("(")[0] == tracer.diagnosis.sentence.split(": ", 1)[1].split("(")[0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", list(HEALTHY))
 def test_a_healthy_script_is_called_healthy(name, tmp_path):
     result = command_line(name, "1", out=tmp_path)
