@@ -25,7 +25,8 @@ Loss loss_named(const std::string& name) {
                       {"mse", Loss::mse},
                       {"l1", Loss::l1},
                       {"huber", Loss::huber},
-                      {"log_mse", Loss::log_mse}});
+                      {"log_mse", Loss::log_mse},
+                      {"brier", Loss::brier}});
 }
 
 PopulationMetric metric_named(const std::string& name) {
@@ -43,7 +44,8 @@ Schedule schedule_named(const std::string& name) {
                           {"cosine", Schedule::cosine},
                           {"step", Schedule::step},
                           {"exponential", Schedule::exponential},
-                          {"one_cycle", Schedule::one_cycle}});
+                          {"one_cycle", Schedule::one_cycle},
+                          {"coslog4", Schedule::coslog4}});
 }
 
 PopulationData data_of(const py::tuple& parts) {
@@ -129,6 +131,7 @@ void bind_progress(py::module_& m) {
       .def_readwrite("mark", &MemberProgress::mark)
       .def_readwrite("status", &MemberProgress::status)
       .def_readwrite("cause", &MemberProgress::cause)
+      .def_readwrite("seconds", &MemberProgress::seconds)
       .def_readwrite("train_loss", &MemberProgress::train_loss)
       .def_readwrite("validation_loss", &MemberProgress::validation_loss)
       .def_readwrite("metric", &MemberProgress::metric)
@@ -164,15 +167,15 @@ void bind_population(py::module_& m) {
       .def(
           "train",
           [](Population& self, const std::vector<int64_t>& ids, int64_t epochs, int64_t threads,
-             const py::function& poll) {
+             const py::function& poll, bool in_order) {
             const Population::Poll with_lock = [&](const PopulationTally& now) {
               const py::gil_scoped_acquire gil;
               return poll(now.steps, now.running, now.stopped, now.share, now.best).cast<bool>();
             };
             const py::gil_scoped_release no_gil;
-            return self.train(ids, epochs, threads, with_lock);
+            return self.train(ids, epochs, threads, with_lock, in_order);
           },
-          py::arg("ids"), py::arg("epochs"), py::arg("threads"), py::arg("poll"))
+          py::arg("ids"), py::arg("epochs"), py::arg("threads"), py::arg("poll"), py::arg("in_order"))
       .def("predict", &Population::predict, py::arg("ids"), py::arg("x"), py::arg("best"), py::arg("threads"),
            py::call_guard<py::gil_scoped_release>());
 }

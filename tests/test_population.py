@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from population_cases import (
 import mlpkit
 from mlpkit.errors import ArgumentError, DataError, DeviceError, DtypeError, MlpkitError, ShapeError
 from mlpkit.population import Member, Population
+from mlpkit.population.data import held_back
 
 # As if alone
 
@@ -346,7 +348,7 @@ def test_a_member_names_what_is_wrong(field, value, message):
         ({"y": torch.zeros(69, dtype=torch.int64)}, ShapeError, "X has 70 rows, y has 69"),
         ({"X": np.array([["a"]] * 70)}, DtypeError, "X has dtype <U1; it must be numbers"),
         ({"X": torch.zeros(70)}, ShapeError, r"X has shape \(70,\)"),
-        ({"validation": 0.2}, ArgumentError, "validation is float"),
+        ({"validation": 1.5}, ArgumentError, "validation is 1.5; as a share"),
         ({"validation": "fold"}, ArgumentError, "validation is 'fold'"),
         ({"validation": "rest"}, ArgumentError, "a member is trained on all rows"),
         ({"members": [Member(patience=3)]}, ArgumentError, "patience is 3, but nothing is validated"),
@@ -394,3 +396,32 @@ def test_building_and_exporting_draws_nothing_from_torchs_generator():
     trained = population([Member(hidden=(4,), dropout=0.5, epochs=1)], classes_table()).fit()
     trained.export(0)
     assert torch.equal(before, torch.get_rng_state())
+
+
+# Deadlines and shares
+
+
+def test_a_share_is_held_back_alike_from_equal_rows_and_not_trained_on():
+    X, y = classes_table(100)
+    rows = torch.arange(10, 90)
+    members = [Member(hidden=(4,), epochs=2, seed=s, rows=r) for s, r in enumerate((rows, rows.clone(), None))]
+    trained = population(members, (X, y), validation=0.25).fit()
+    assert all(math.isfinite(score.validation_loss[-1]) for score in trained.scores.values())
+    train, held = held_back(rows.int(), 0.25)
+    assert (len(train), len(held)) == (60, 20)
+    assert torch.equal(torch.cat([train, held]).sort().values, rows.int())
+    by_hand = [replace(member, rows=train, validation_rows=held) for member in members[:2]]
+    again = population(by_hand, (X, y)).fit()
+    for index in (0, 1):
+        assert_same_bits(state(trained, index), state(again, index), index)
+
+
+def test_stop_ends_every_member_after_its_epoch_and_lets_no_more_begin():
+    members = [Member(hidden=(64, 64), batch_size=1, epochs=10**6, seed=seed) for seed in range(3)]
+    trained = population(members, classes_table(500))
+    trained.train(10**6, stop=lambda: True, longest_first=False)
+    epochs = [score.epochs for score in trained.scores.values()]
+    assert epochs[0] >= 1
+    assert epochs[1:] == [0, 0]
+    assert trained.alive == [0, 1, 2]
+    assert trained.scores[0].seconds > 0.0

@@ -64,6 +64,8 @@ def copy_state(trained, model, optimizer, step):
 def loss_of(member, kind, output, y):
     if kind == "cross_entropy":
         return F.cross_entropy(output, y, label_smoothing=member.label_smoothing)
+    if kind == "brier":
+        return (output.softmax(1) - F.one_hot(y, output.shape[1])).square().sum(1).mean()
     return {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[kind](output, y.to(output.dtype))
 
 
@@ -105,6 +107,7 @@ CASES = {
     "layer norm": ("cross_entropy", {"optimizer": "sgd", "norm": "layer", "dropout": 0.2, "activation": "silu"}),
     "batch norm": ("cross_entropy", {"optimizer": "sgd", "momentum": 0.9, "norm": "batch", "dropout": 0.2}),
     "linear": ("cross_entropy", {"optimizer": "sgd", "hidden": ()}),
+    "brier": ("brier", {"optimizer": "sgd", "activation": "gelu", "dropout": 0.1}),
 }
 
 
@@ -113,7 +116,7 @@ def test_five_steps_from_copied_state_err_no_more_than_torchs(name):
     kind, settings = CASES[name]
     ours, stock, exact = {}, {}, {}
     for seed in SEEDS:
-        make = classes_table if kind == "cross_entropy" else numbers_table
+        make = classes_table if kind in ("cross_entropy", "brier") else numbers_table
         table = make(ROWS, 9, 3, seed=seed)
         member = Member(**(COMMON | {"seed": seed + 40} | settings))
         trained = population([member], table, loss=kind)
@@ -159,6 +162,12 @@ SCHEDULES = {
     "one_cycle": (
         {},
         lambda o, n, e: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=n, cycle_momentum=False),
+    ),
+    "coslog4": (
+        {},
+        lambda o, n, e: torch.optim.lr_scheduler.LambdaLR(
+            o, lambda t: 0.5 - 0.5 * math.cos(2 * math.pi * math.log2(1 + 15 * t / n))
+        ),
     ),
 }
 

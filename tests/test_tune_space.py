@@ -9,7 +9,7 @@ import pytest
 from mlpkit.errors import ArgumentError, DataError
 from mlpkit.tune.distributions import from_distributions, suggest, to_distributions, to_optuna
 from mlpkit.tune.space import DEFAULTS, Choice, Encoding, Range, Space, widths
-from mlpkit.tune.spec import SCHEDULES, Spec, lr_factor
+from mlpkit.tune.spec import Spec
 
 BASE = Spec((), lr=1e-3, weight_decay=0.0, batch_size=32, seed=7)
 
@@ -198,16 +198,3 @@ def test_a_wrong_part_is_named_with_what_it_must_be(parts, words):
     with pytest.raises(ArgumentError, match="Space: ") as caught:
         Space(parts)
     assert words in str(caught.value)
-
-
-# Schedules
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules_stay_between_zero_and_one(schedule):
-    factors = [lr_factor(schedule, step / 200, 0.01) for step in range(200)]
-    assert min(factors) >= 0.0
-    assert max(factors) <= 1.0 + 1e-12
-    ends = {"constant": (1, 1), "cosine": (1, 0.01), "exponential": (1, 0.01), "step": (1, 0.01)}
-    if schedule in ends:
-        assert (factors[0], factors[-1]) == pytest.approx(ends[schedule], rel=0.05)

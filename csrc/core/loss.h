@@ -6,7 +6,10 @@
 
 namespace mlpkit {
 
-enum class Loss : int { cross_entropy, bce, mse, l1, huber, log_mse };
+enum class Loss : int { cross_entropy, bce, mse, l1, huber, log_mse, brier };
+
+// Whether the target is a class, not numbers.
+constexpr bool of_classes(Loss loss) { return loss == Loss::cross_entropy || loss == Loss::brier; }
 
 struct Smoothing {  // of cross_entropy, with e the label smoothing: 1 - e, e / classes, the sum of class weights
   float certain, spread, total;
@@ -66,12 +69,13 @@ struct LogMse {
   }
 };
 
-// Calls body(Term{}) with the formula struct of a loss by single outputs, and does nothing for cross_entropy, whose
+// Calls body(Term{}) with the formula struct of a loss by single outputs, and does nothing for those of classes, whose
 // outputs go together: the one run-time to compile-time switch.
 template <class Body>
 MLPKIT_HD void visit_loss(Loss loss, Body&& body) {
   switch (loss) {
     case Loss::cross_entropy:
+    case Loss::brier:
       return;
     case Loss::bce:
       return body(Bce{});
@@ -92,6 +96,14 @@ MLPKIT_HD void visit_loss(Loss loss, Body&& body) {
 template <class F>
 MLPKIT_HD F cross_entropy_slope(const Smoothing& s, F softmax, F is_class, F weight, F v) {
   return weight * s.certain * (softmax - is_class) + s.spread * (s.total * softmax - v);
+}
+
+// Brier's score, sum_j (p_j - [j = t])^2 with p = softmax(z) (Brier: "Verification of forecasts expressed in terms of
+// probability", 1950).
+// slope by z_j: 2 p_j (d_j - sum_i p_i d_i),  d_j = p_j - [j = t]
+template <class F>
+MLPKIT_HD F brier_slope(F softmax, F is_class, F expected) {
+  return 2.f * softmax * (softmax - is_class - expected);
 }
 
 MLPKIT_END_ISA

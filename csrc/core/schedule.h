@@ -5,7 +5,7 @@
 
 namespace mlpkit {
 
-enum class Schedule : int { constant, cosine, step, exponential, one_cycle };
+enum class Schedule : int { constant, cosine, step, exponential, one_cycle, coslog4 };
 
 struct ScheduleSettings {
   Schedule kind = Schedule::constant;
@@ -39,6 +39,8 @@ inline double schedule_factor(const ScheduleSettings& s, int64_t step, int64_t p
       return warm * std::pow(s.gamma, static_cast<double>(step / per_epoch / s.every));
     case Schedule::exponential:
       return warm * std::pow(s.gamma, static_cast<double>(step / per_epoch));
+    case Schedule::coslog4:  // Holzmueller et al.: "Better by default", 2024
+      return warm * (0.5 - 0.5 * std::cos(2.0 * kPi * std::log2(1.0 + 15.0 * at / all)));
     case Schedule::one_cycle:
       break;
   }

@@ -41,6 +41,35 @@ MLPKIT_HD double cross_entropy_of_lanes(const StepLoss& loss, int64_t panel, int
   return sum_of_lanes(wanted >= 0 ? value * share_of_row : FloatVec{});
 }
 
+// z and slopes: [classes, 32]. Exponentials wait in `slopes` for their sum.
+MLPKIT_HD double brier_of_lanes(const StepLoss& loss, int64_t panel, int64_t classes, const float* z, float* slopes) {
+  FloatVec top = load_bits<FloatVec>(z), sum{}, expected{}, value{};
+  const IntVec wanted = load_bits<IntVec>(loss.classes + panel);
+  for (int64_t c = 1; c < classes; ++c) {
+    const FloatVec at = load_bits<FloatVec>(z + c * kPanel);
+    top = at > top ? at : top;
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    const FloatVec e = math::exp(load_bits<FloatVec>(z + c * kPanel) - top);
+    store(slopes + c * kPanel, e);
+    sum += e;
+  }
+  const auto is_class = [&](int64_t c) { return wanted == static_cast<int32_t>(c) ? FloatVec{} + 1.f : FloatVec{}; };
+  for (int64_t c = 0; c < classes; ++c) {
+    const FloatVec share = load_bits<FloatVec>(slopes + c * kPanel) / sum, d = share - is_class(c);
+    store(slopes + c * kPanel, share);
+    expected += share * d;
+    value += d * d;
+  }
+  const FloatVec share_of_row = loss.by_row ? load_bits<FloatVec>(loss.by_row + panel) : FloatVec{} + 1.f;
+  for (int64_t c = 0; c < classes; ++c) {
+    const FloatVec share = load_bits<FloatVec>(slopes + c * kPanel);
+    const FloatVec slope = loss.scale * brier_slope(share, is_class(c), expected) * share_of_row;
+    store(slopes + c * kPanel, wanted >= 0 ? slope : FloatVec{});
+  }
+  return sum_of_lanes(wanted >= 0 ? value * share_of_row : FloatVec{});
+}
+
 // z, target and slopes: [outputs, 32]; by_row: what each lane is multiplied by; count: how many of the lanes are rows.
 template <class Term>
 MLPKIT_HD double loss_of_lanes(const StepLoss& loss, FloatVec by_row, int64_t count, int64_t outputs, const float* z,
@@ -67,6 +96,8 @@ inline double loss_of_panel(const StepPanel& step, int64_t outputs, const float*
     const int64_t count = step.rows - step.panel * kPanel - row;
     if (loss.kind == Loss::cross_entropy)
       sum += cross_entropy_of_lanes(loss, step.panel * kPanel + row, outputs, z + row, slopes + row);
+    if (loss.kind == Loss::brier)
+      sum += brier_of_lanes(loss, step.panel * kPanel + row, outputs, z + row, slopes + row);
     const FloatVec by_row =
         loss.by_row ? load_bits<FloatVec>(loss.by_row + step.panel * kPanel + row) : FloatVec{} + 1.f;
     visit_loss(loss.kind, [&]<class Term>(Term) {

@@ -79,7 +79,8 @@ int64_t Population::add(MemberNetwork network, MemberRecipe recipe, at::Tensor r
   return count() - 1;
 }
 
-int64_t Population::train(const std::vector<int64_t>& ids, int64_t epochs, int64_t threads, const Poll& poll) {
+int64_t Population::train(const std::vector<int64_t>& ids, int64_t epochs, int64_t threads, const Poll& poll,
+                          bool in_order) {
   struct Place {
     PopulationMember* member;
     int64_t epochs;
@@ -94,7 +95,8 @@ int64_t Population::train(const std::vector<int64_t>& ids, int64_t epochs, int64
     queue.push_back({&one, left, one.work_per_epoch() * static_cast<double>(left)});
     all += queue.back().work;
   }
-  std::stable_sort(queue.begin(), queue.end(), [](const Place& a, const Place& b) { return a.work > b.work; });
+  if (!in_order)
+    std::stable_sort(queue.begin(), queue.end(), [](const Place& a, const Place& b) { return a.work > b.work; });
   PopulationTally tally{0, static_cast<int64_t>(queue.size()), 0, 0.0, std::nan("")};
   std::mutex mutex;
   const auto count = [&](const Place& place, int64_t steps, int64_t done) {
@@ -112,9 +114,12 @@ int64_t Population::train(const std::vector<int64_t>& ids, int64_t epochs, int64
   Crew crew;
   const auto train_one = [&](int64_t i, PopulationWorkspace& workspace) {
     const Place& place = queue[i];
+    const auto begin = std::chrono::steady_clock::now();
     MemberRun run(task_, data_, validation_, *place.member, workspace);
     for (int64_t done = 1; done <= place.epochs && place.member->progress.status == "alive" && !crew.stopped(); ++done)
       count(place, run.epoch(), done);
+    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
+    place.member->progress.seconds += spent.count();
   };
   crew.run(static_cast<int64_t>(queue.size()), threads, train_one, [&] {
     std::unique_lock<std::mutex> lock(mutex);

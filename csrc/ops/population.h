@@ -27,9 +27,9 @@ class Population {
 
   // Up to `epochs` more epochs of the members named that are alive, none beyond its own last one. `poll` is called
   // every tenth of a second on the calling thread; it returns whether to go on, otherwise every member stops after the
-  // epoch it is in. Returns the steps done.
+  // epoch it is in. in_order: as they are named, not the longest first. Returns the steps done.
   using Poll = std::function<bool(const PopulationTally&)>;
-  int64_t train(const std::vector<int64_t>& ids, int64_t epochs, int64_t threads, const Poll& poll);
+  int64_t train(const std::vector<int64_t>& ids, int64_t epochs, int64_t threads, const Poll& poll, bool in_order);
   // Outputs [members, rows, out] of x [rows, in].
   at::Tensor predict(const std::vector<int64_t>& ids, const at::Tensor& x, bool best, int64_t threads);
 

@@ -16,7 +16,7 @@ namespace mlpkit {
 // What a member is trained on and scored by; stored once for all members.
 struct PopulationData {
   at::Tensor x;        // [rows, in] float32
-  at::Tensor classes;  // [rows] int32, of cross_entropy
+  at::Tensor classes;  // [rows] int32, of cross_entropy and brier
   at::Tensor target;   // [rows, out] float32, of the other losses
   at::Tensor weights;  // [rows] float32, or undefined where all weigh 1
 };
@@ -67,6 +67,7 @@ struct MemberProgress {
   double best = 0.0, mark = 0.0;  // of the metric: the best so far; what must be beaten by min_delta
   std::string status = "alive";   // alive, epochs, patience, diverged, dropped
   std::string cause;              // of divergence
+  double seconds = 0.0;           // of the threads that trained it
   // By epoch. NaN where there is nothing to say.
   std::vector<double> train_loss, validation_loss, metric, lr;
 };

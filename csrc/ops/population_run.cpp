@@ -92,7 +92,7 @@ StepLoss MemberRun::gather(const int32_t* rows, int64_t count) {
     for (int64_t i = 0; i < lanes; ++i) counted_ += by_row[i] = i < count ? of_rows[rows[i]] : 0.f;
     loss.by_row = by_row;
   }
-  if (task_.loss == Loss::cross_entropy) {
+  if (of_classes(task_.loss)) {
     const int32_t* all = data_.classes.const_data_ptr<int32_t>();
     int32_t* classes = reinterpret_cast<int32_t*>(take(lanes));
     float* weights = take(lanes);

@@ -107,7 +107,7 @@ MemberScores MemberScorer::scores(const PopulationData& data, const at::Tensor& 
   const int32_t* index = rows.const_data_ptr<int32_t>();
   const float* x = data.x.const_data_ptr<float>();
   const float* weights = data.weights.defined() ? data.weights.const_data_ptr<float>() : nullptr;
-  const bool classes = task_.loss == Loss::cross_entropy;
+  const bool classes = of_classes(task_.loss);
   float *by_row = target_ + outputs * kPanel, *of_class = by_row + kPanel;
   int32_t* wanted = reinterpret_cast<int32_t*>(of_class + kPanel);
   StepLoss loss{};

@@ -19,12 +19,12 @@ from mlpkit.population.scores import Mark
 if TYPE_CHECKING:
     from mlpkit.population.population import Population
 
-FORMAT, VERSION = "mlpkit.population", 1
+FORMAT, VERSION = "mlpkit.population", 2
 NAME = "population.json"
 _CURVES = ("train_loss", "validation_loss", "metric", "lr")
 _COUNTS = (
     "epoch", "step", "taken", "skipped", "skips_in_a_row", "waited", "best_epoch", "stopped_step", "best", "mark",
-    "status", "cause",
+    "status", "cause", "seconds",
 )  # fmt: skip
 
 

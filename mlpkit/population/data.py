@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mlpkit.errors import ArgumentError, DataError, DtypeError, ShapeError
 
-LOSSES = ("cross_entropy", "bce", "mse", "l1", "huber", "log_mse")
+LOSSES = ("cross_entropy", "brier", "bce", "mse", "l1", "huber", "log_mse")
+OF_CLASSES = ("cross_entropy", "brier")
 MOST_ROWS = 2**31 - 1
 
 
@@ -27,8 +28,8 @@ def table(X: Any, y: Any, weights: Any, loss: str, log_target: bool, owner: str)
     """All three, checked against each other; owner: "Population" or "validation", for the errors."""
     x = inputs(X, owner)
     found = Table(x, None, None, _weights(weights, len(x), owner))
-    if loss == "cross_entropy":
-        found = found._replace(classes=_classes(y, owner))
+    if loss in OF_CLASSES:
+        found = found._replace(classes=_classes(y, loss, owner))
     else:
         found = found._replace(target=_target(y, loss, log_target, owner))
     count = len(found.classes if found.classes is not None else found.target)  # type: ignore[arg-type]
@@ -62,6 +63,15 @@ def rows_of(rows: Any, count: int, field: str) -> Tensor:
     return index.to(torch.int32).contiguous()
 
 
+def held_back(rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """(rows to train on, rows to validate on): the share of them that a fixed draw picks, the same for equal rows."""
+    count = min(max(1, round(share * len(rows))), len(rows) - 1)
+    if count < 1:
+        raise ArgumentError("Population: validation is a share, but a member has a single row: none can be held back")
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[drawn[count:].sort().values], rows[drawn[:count].sort().values]
+
+
 def _tensor(values: Any, name: str, owner: str) -> Tensor:
     if isinstance(values, Tensor):
         if values.device.type != "cpu":
@@ -77,17 +87,17 @@ def _tensor(values: Any, name: str, owner: str) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def _classes(y: Any, owner: str) -> Tensor:
+def _classes(y: Any, loss: str, owner: str) -> Tensor:
     array = np.asarray(y) if not isinstance(y, Tensor) else None
     if array is not None and array.dtype.kind not in "fiub":
         raise DtypeError(
-            f"{owner}: y has dtype {array.dtype}; cross_entropy takes classes 0, 1, ...: encode labels by "
+            f"{owner}: y has dtype {array.dtype}; {loss} takes classes 0, 1, ...: encode labels by "
             "numpy.unique(y, return_inverse=True), or give them to mlpkit.tune as they are"
         )
     classes = _tensor(y, "y", owner)
     if classes.is_floating_point() or classes.dim() != 1:
         raise DtypeError(
-            f"{owner}: y is {classes.dtype} of shape {tuple(classes.shape)}; cross_entropy takes integers (rows,)"
+            f"{owner}: y is {classes.dtype} of shape {tuple(classes.shape)}; {loss} takes integers (rows,)"
         )
     classes = classes.to(torch.int64)
     if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < 2**20:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from mlpkit.errors import ArgumentError, ShapeError
-from mlpkit.population.data import Table, table
+from mlpkit.population.data import OF_CLASSES, Table, table
 from mlpkit.population.population import Population
 
 
 class Ensemble(nn.Module):
     """The weighted average of several networks over the same inputs.
 
-    x: (..., in_features). Returns averaged probabilities for "cross_entropy" (softmax) and "bce" (sigmoid), averaged
-    numbers otherwise, after exp for a population with log_target. weights: one a model, above 0, made to sum to 1.
+    x: (..., in_features). Returns averaged probabilities for "cross_entropy" and "brier" (softmax) and "bce" (sigmoid),
+    averaged numbers otherwise, after exp for a population with log_target. weights: one a model, above 0, made to sum
+    to 1.
     Raises ArgumentError where models and weights do not fit.
     """
 
@@ -48,7 +49,7 @@ class Ensemble(nn.Module):
 
 def scale(outputs: Tensor, loss: str, log_target: bool) -> Tensor:
     """Outputs on the scale that is averaged: probabilities, or numbers."""
-    if loss == "cross_entropy":
+    if loss in OF_CLASSES:
         return outputs.softmax(-1)
     if loss == "bce":
         return outputs.sigmoid()

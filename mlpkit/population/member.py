@@ -13,7 +13,7 @@ from mlpkit.nn.layers import ACTIVATIONS
 
 NORMS = ("batch", "layer")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
-SCHEDULES = ("constant", "cosine", "step", "exponential", "one_cycle")
+SCHEDULES = ("constant", "cosine", "step", "exponential", "one_cycle", "coslog4")
 PRECISIONS = ("fp32", "bf16")
 MOST_LAYERS = 63  # hidden ones
 MOST_EPOCHS = 2**31 - 1
@@ -38,7 +38,9 @@ class Member:
 
     schedule: how ``lr`` moves, by steps. "constant"; "cosine" to ``floor * lr`` at the last epoch; "step" by ``gamma``
     every ``every`` epochs; "exponential" by ``gamma`` every epoch; "one_cycle" up from lr / 25 in 0.3 of the steps,
-    then down to lr / 250000, ``lr`` being the top (Smith and Topin, 2018). warmup: epochs of a linear rise before.
+    then down to lr / 250000, ``lr`` being the top (Smith and Topin, 2018); "coslog4": four cycles of
+    lr (1 - cos(2 pi log2(1 + 15 t))) / 2 with t the share of the steps that is done (Holzmueller et al., 2024).
+    warmup: epochs of a linear rise before.
 
     batch_size: rows a step; the last batch of an epoch may be smaller. With a batch norm a last batch of one row is
     left out, since it has no deviation. The order of the rows is drawn anew each epoch from ``seed``.

@@ -17,13 +17,14 @@ from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError, DeviceError, MlpkitError, ShapeError
 from mlpkit.nn import MLP
 from mlpkit.population import checkpoint, recipe
-from mlpkit.population.data import LOSSES, Table, inputs, rows_of, table
+from mlpkit.population.data import LOSSES, OF_CLASSES, Table, held_back, inputs, rows_of, table
 from mlpkit.population.member import CHANGEABLE, MOST_EPOCHS, Member
 from mlpkit.population.progress import watching
 from mlpkit.population.scores import Mark, Scores
 
 METRICS = {
     "cross_entropy": ("accuracy",),
+    "brier": ("accuracy",),
     "bce": ("accuracy",),
     **dict.fromkeys(("mse", "l1", "huber", "log_mse"), ("r2", "mae", "rmse")),
 }
@@ -34,14 +35,16 @@ class Population:
     """MLPs that may differ in everything, trained over one table.
 
     members: ``Member`` objects; ids count from 0 and are never reused. X: (rows, in_features) of numbers, kept once as
-    float32. y: classes 0, 1, ... of shape (rows,) for ``loss="cross_entropy"``; numbers of shape (rows,) or
-    (rows, outputs) for "mse", "l1", "huber" (threshold ``delta``) and "log_mse"; numbers in [0, 1] for "bce" on logits.
-    Losses are means over rows and outputs. sample_weight: (rows,), what each row counts in losses and metrics.
+    float32. y: classes 0, 1, ... of shape (rows,) for ``loss="cross_entropy"`` and "brier" (the squared error of the
+    softmax, summed over classes: Brier, 1950); numbers of shape (rows,) or (rows, outputs) for "mse", "l1", "huber"
+    (threshold ``delta``) and "log_mse"; numbers in [0, 1] for "bce" on logits. Losses are means over rows and outputs.
+    sample_weight: (rows,), what each row counts in losses and metrics.
 
     metric: "accuracy" for classes, "r2" (mean over outputs), "mae" or "rmse" for numbers; None: the validation loss.
-    It decides about the best epoch and patience. validation: what members without ``validation_rows`` are validated on:
-    None, nothing; "rest", the rows of X that a member is not trained on; (X, y) or (X, y, sample_weight), a table of
-    its own. log_target: train on log(y), and predict exp of it.
+    It decides about the best epoch and patience. validation: what members without ``validation_rows`` are validated
+    on: None, nothing; "rest", the rows of X that a member is not trained on; a share such as 0.2 of its rows, which it
+    is not trained on then; (X, y) or (X, y, sample_weight), a table of its own. log_target: train on log(y), and
+    predict exp of it.
 
     Every member is trained by one thread through whole epochs, longest first over ``threads`` threads (None: torch's
     number). Its numbers depend on its own specification and the data alone: not on threads, order or company. Steps in
@@ -89,9 +92,13 @@ class Population:
             if validation in (None, "rest"):
                 return None
             raise ArgumentError(f"Population: validation is {validation!r}; as a word it can only be 'rest'")
+        if isinstance(validation, float):
+            if 0.0 < validation < 1.0:
+                return None
+            raise ArgumentError(f"Population: validation is {validation!r}; as a share it must be between 0 and 1")
         if not isinstance(validation, tuple) or len(validation) not in (2, 3):
             raise ArgumentError(
-                f"Population: validation is {type(validation).__name__}; it must be None, 'rest', (X, y) or "
+                f"Population: validation is {type(validation).__name__}; it must be None, 'rest', a share, (X, y) or "
                 "(X, y, sample_weight)"
             )
         X, y, *weights = validation
@@ -142,9 +149,17 @@ class Population:
             member.rows,
             lambda: every(self.data) if member.rows is None else rows_of(member.rows, count, "rows"),
         )
+        own, other = member.validation_rows, self.other
+        held = None
+        if isinstance(self.validation, float) and own is None:
+            if ("train", id(member.rows)) not in known:
+                parts = held_back(rows, self.validation)
+                known["train", id(member.rows)], known["held", id(member.rows)] = parts
+            rows, held = known["train", id(member.rows)], known["held", id(member.rows)]
         if member.norm == "batch" and member.hidden and min(len(rows), member.batch_size) == 1:
             raise ArgumentError("Member: norm is 'batch', which needs batches of two rows or more")
-        own, other = member.validation_rows, self.other
+        if held is not None:
+            return rows, held
         if own is not None:
             if other is not None:
                 raise ArgumentError("Member: validation_rows are rows of X; this population has a validation table")
@@ -202,26 +217,33 @@ class Population:
             self.save(directory)
         return self
 
-    def train(self, epochs: int) -> int:
+    def train(self, epochs: int, *, stop: Callable[[], bool] | None = None, longest_first: bool = True) -> int:
         """Up to ``epochs`` more epochs of every member that is alive, none beyond its own last; returns the steps.
 
-        Ctrl-C lets every member end the epoch it is in, and is raised then: the population can go on, or be saved.
+        stop: asked ten times a second; once it says True, every member ends the epoch it is in and no more begin, such
+        as at a deadline. Who was cut stays alive. longest_first: which members begin first; False: by their ids, so
+        that few of them are under way when ``stop`` says so. Ctrl-C lets every member end the epoch it is in, and is
+        raised then: the population can go on, or be saved.
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ArgumentError(f"Population.train: epochs is {epochs!r}; it must be an int of at least 1")
         ids = self.alive
         with self._alone(), watching(self.progress, len(ids), self.metric) as watch:
             failures: list[BaseException] = []
+            cut: list[bool] = []
 
             def poll(*now: Any) -> bool:
                 # An exception may not cross the threads that work: it waits until they have stopped.
                 try:
                     watch.update(*now)
+                    cut.append(stop is not None and stop())
                 except BaseException as error:  # noqa: BLE001
                     failures.append(error)
-                return not failures
+                return not failures and not any(cut[-1:])
 
-            steps: int = self._native.train(ids=ids, epochs=epochs, threads=self._threads(), poll=poll)
+            steps: int = self._native.train(
+                ids=ids, epochs=epochs, threads=self._threads(), poll=poll, in_order=not longest_first
+            )
             if failures:
                 raise failures[0]
         return steps
@@ -251,6 +273,7 @@ class Population:
             stopped_step=now.stopped_step if now.stopped_step >= 0 else None,
             steps=now.step,
             skipped=now.skipped,
+            seconds=now.seconds,
             marks=tuple(self._marks[index]),
         )
 
@@ -279,10 +302,10 @@ class Population:
 
     def predict_proba(self, X: Any, *, ids: int | Iterable[int] | None = None, weights: str = "best") -> Tensor:
         """Probabilities (members, rows, classes); for "bce" those of each output."""
-        if self.loss not in ("cross_entropy", "bce"):
+        if self.loss not in (*OF_CLASSES, "bce"):
             raise ArgumentError(f"Population.predict_proba: the loss is {self.loss}; use predict")
         y = self.predict(X, ids=ids, weights=weights)
-        return y.softmax(-1) if self.loss == "cross_entropy" else y.sigmoid()
+        return y.sigmoid() if self.loss == "bce" else y.softmax(-1)
 
     def export(self, id: int, *, weights: str = "best") -> MLP:
         """The member as an ordinary ``nn.MLP`` in eval mode; its outputs are those of ``predict`` (before exp)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -22,7 +22,7 @@ class Scores:
     validation_loss, metric: after the epoch, NaN where nothing is validated. lr: of the epoch's last step. best_epoch:
     counted from 0, None before there is one; best: its metric. status: "alive", "epochs" (all done), "patience",
     "diverged" or "dropped". cause, stopped_step: of divergence. skipped: steps that were not taken since something in
-    them was not finite. marks: changes by ``Population.set``.
+    them was not finite. seconds: what its threads spent on it. marks: changes by ``Population.set``.
     """
 
     train_loss: tuple[float, ...]
@@ -36,6 +36,7 @@ class Scores:
     stopped_step: int | None
     steps: int
     skipped: int
+    seconds: float = field(compare=False, repr=False)  # says nothing of what was learnt
     marks: tuple[Mark, ...]
 
     @property

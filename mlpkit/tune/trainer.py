@@ -1,7 +1,7 @@
-"""Trains MLPs on folds, one after the other: specs and folds in, scores and curves out. Knows tensors, no tables.
+"""Trains MLPs on folds by the population engine: specs and folds in, scores and curves out. Knows tensors, no tables.
 
-``train_members`` and ``refit`` are all that the rest of tune calls, so that another engine can take their place: a
-``Spec`` has the fields of ``population.Member``, a fold is a table of rows.
+``train_members`` and ``refit`` are all that the rest of tune calls. Every pair of a spec and a fold is a member; those
+with the same loss share one population, whose table holds the folds one below the other.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mlpkit.tune.spec import Spec, lr_factor
+from mlpkit.population import Member, Population
+from mlpkit.tune.spec import Spec
 
 __all__ = ["FoldData", "Outcome", "Spec", "Split", "build", "refit", "score_of", "train_members"]
 
 _MAX_EPOCHS = 400
 _NOTABLE = 1e-3  # A validation loss that falls by less (nats, or target variances) does not renew the patience.
 _MIN_STEPS = 160  # Patience is at least this many optimizer steps: an epoch of a small table is only two or three.
+_MOST_OUTPUTS = 2**24  # numbers that are predicted at once
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class FoldData:
 class Outcome:
     """One spec on one fold. Losses are per epoch; ``best_epoch`` (0-based) is the one whose weights were scored.
 
-    stopped: "patience", "epochs", "diverged", "clock" or "not started". output: what the scored weights give on the
-    fold's test rows, (rows, out_features) float32.
+    stopped: "patience", "epochs", "diverged", "clock" or "not started". seconds: of the one thread that trained it.
+    output: what the scored weights give on the fold's test rows, (rows, out_features) float32.
     """
 
     score: float = math.nan
@@ -75,6 +76,7 @@ class Outcome:
 
 
 Report = Callable[[int, int, Outcome], None]
+Place = tuple[int, int]  # number of a spec, number of a fold
 
 
 def train_members(
@@ -88,43 +90,39 @@ def train_members(
     first_fold: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[Outcome]]:
-    """Train every spec on every fold; out_features 0 means regression (R2), else classes (accuracy).
+    """Train every spec on every fold, on all threads; out_features 0 means regression (R2), else classes (accuracy).
 
-    deadline: a time of ``clock``, in seconds. A fold that meets it has no score, unless keep_at_deadline: then its
-    best weights so far are scored and ``stopped`` is "clock", and every fold gets its share of the time left.
-    A fold whose loss turns non-finite is "diverged" and has no score, and the later folds of its spec are left out.
-    A later spec that the deadline finds untouched is "not started".
+    deadline: a time of ``clock``, in seconds; looked at ten times a second, between epochs. A fold that meets it has no
+    score, unless keep_at_deadline: then its best weights so far are scored and ``stopped`` is "clock"; all folds go on
+    side by side, and each is trained for an epoch at least. A fold in which anything turns non-finite is "diverged"
+    and has no score, and the later folds of its spec are left out. A later spec that the deadline finds untouched is
+    "not started".
     first_fold: the number of folds[0], so that a fold trained later draws what it would have drawn at once.
     """
-    results = []
-    for number, spec in enumerate(specs):
-        outcomes = []
-        for index, data in enumerate(folds):
-            now = clock()
-            limit = now + (deadline - now) / (len(folds) - index) if keep_at_deadline else deadline
-            if index == 0 and number > 0 and now > limit and not keep_at_deadline:
-                outcomes.append(Outcome(stopped="not started"))
-                break
-            own = replace(spec, seed=spec.seed + first_fold + index)
-            outcome = _train_fold(own, data, out_features, limit, keep_at_deadline, clock)
-            outcomes.append(outcome)
-            if on_fold is not None:
-                on_fold(number, index, outcome)
-            if not outcome.finished:
-                break
-        results.append(outcomes)
-    return results
+    found: dict[Place, Outcome] = {}
+    numbered = [replace(spec, seed=spec.seed + first_fold) for spec in specs]
+    groups = list(_groups(numbered, folds, out_features))
+    for number, group in enumerate(groups):
+        now = clock()
+        if keep_at_deadline:
+            limit = now + (deadline - now) / (len(groups) - number)
+            _train_side_by_side(group.population, lambda limit=limit: clock() > limit)  # type: ignore[misc]
+        elif now <= deadline:
+            group.population.train(_MAX_EPOCHS, stop=lambda: clock() > deadline, longest_first=False)
+        found |= group.outcomes(folds, keep_at_deadline)
+    return [_of_spec(number, len(folds), found, on_fold) for number in range(len(specs))]
 
 
 def refit(spec: Spec, data: Split, out_features: int, epochs: int) -> nn.Module:
     """Train ``spec`` on all of ``data`` for a fixed number of epochs and return the model in eval mode."""
-    with _own_randomness(spec.seed):
-        model = build(spec, data.x.shape[1], out_features)
-        optimizer = _optimizer(model, spec)
-        order = torch.Generator().manual_seed(spec.seed)
-        for epoch in range(max(1, epochs)):
-            _epoch(model, optimizer, data, spec, epoch, order)
-    return model.eval()
+    epochs = max(1, epochs)
+    member = replace(_member(spec), epochs=max(spec.epochs, epochs))
+    population = Population(
+        [member], data.x, data.y, loss=_loss(spec, out_features), sample_weight=data.weight, progress=False,
+        out_features=out_features or None,
+    )  # fmt: skip
+    population.train(epochs)
+    return population.export(0, weights="last")
 
 
 def build(spec: Spec, in_features: int, out_features: int) -> nn.Module:
@@ -153,134 +151,145 @@ def score_of(output: Tensor, y: Tensor, weight: Tensor | None = None) -> float:
     return 1.0 - residual / total
 
 
-def _train_fold(
-    spec: Spec, data: FoldData, out_features: int, limit: float, keep: bool, clock: Callable[[], float]
-) -> Outcome:
-    outcome, start = Outcome(), time.perf_counter()
-    steps = math.ceil(len(data.train.x) / spec.batch_size)
-    patience = math.inf if spec.patience is None else max(spec.patience, math.ceil(_MIN_STEPS / steps))
-    with _own_randomness(spec.seed):
-        model = build(spec, data.train.x.shape[1], out_features)
-        optimizer = _optimizer(model, spec)
-        order = torch.Generator().manual_seed(spec.seed)
-        best, best_state, mark, waited = math.inf, _copy(model), math.inf, 0
-        outcome.stopped = "epochs"
-        for epoch in range(min(spec.epochs, _MAX_EPOCHS)):
-            train_loss = _epoch(model, optimizer, data.train, spec, epoch, order)
-            loss = _loss(_forward(model, data.validation.x), data.validation, spec).item()
-            if not (math.isfinite(train_loss) and math.isfinite(loss)):
-                outcome.stopped = "diverged"
-                break
-            outcome.train_loss.append(train_loss)
-            outcome.validation_loss.append(loss)
-            if loss < mark - _NOTABLE:
-                mark, waited = loss, 0
-            else:
-                waited += 1
-            if loss < best:
-                best, outcome.best_epoch, best_state = loss, epoch, _copy(model)
-            if waited >= patience:
-                outcome.stopped = "patience"
-                break
-            if clock() > limit:
-                outcome.stopped = "clock"
-                break
-        if outcome.stopped != "diverged" and (keep or outcome.stopped != "clock"):
-            model.load_state_dict(best_state)
-            outcome.output = _forward(model, data.test.x)
-            outcome.score = score_of(outcome.output, data.test.y, data.test.weight)
-            outcome.train_score = score_of(_forward(model, data.train.x), data.train.y, data.train.weight)
-    outcome.seconds = time.perf_counter() - start
-    return outcome
+@dataclass
+class _Group:
+    """Members of one population, and which spec and fold each of them is."""
+
+    population: Population
+    places: list[Place]
+
+    def outcomes(self, folds: Sequence[FoldData], keep: bool) -> dict[Place, Outcome]:
+        """What came of every member; ``keep``: those that the clock stopped are scored too."""
+        found = {place: _outcome(scores) for place, scores in zip(self.places, self.population.scores.values())}
+        for number, fold in enumerate(folds):
+            scored = [
+                index
+                for index, place in enumerate(self.places)
+                if place[1] == number and found[place].stopped in ("patience", "epochs", *(("clock",) if keep else ()))
+            ]
+            for index, output in self._outputs(scored, fold.test.x):
+                outcome = found[self.places[index]]
+                outcome.output = output
+                outcome.score = score_of(output, fold.test.y, fold.test.weight)
+            for index, output in self._outputs(scored, fold.train.x):
+                found[self.places[index]].train_score = score_of(output, fold.train.y, fold.train.weight)
+        return found
+
+    def _outputs(self, ids: Sequence[int], x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        at_once = max(1, _MOST_OUTPUTS // (len(x) * self.population.out_features))
+        for first in range(0, len(ids), at_once):
+            part = ids[first : first + at_once]
+            yield from zip(part, self.population.predict(x, ids=part))
 
 
-def _epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: Split, spec: Spec, epoch: int, order: torch.Generator
-) -> float:
-    """One pass over the rows in a drawn order; returns the mean loss."""
-    model.train()
-    rows = len(data.x)
-    permutation = torch.randperm(rows, generator=order)
-    shuffled = Split(
-        data.x[permutation], data.y[permutation], None if data.weight is None else data.weight[permutation]
-    )
-    decayed = [value for value in model.parameters() if value.dim() > 1] if spec.l1 > 0.0 else []
-    total = torch.zeros((), dtype=torch.float64)
-    for start, stop in _batches(rows, spec.batch_size, alone=spec.norm != "batch"):
-        _set_lr(optimizer, spec, epoch + start / rows)
-        batch = _part(shuffled, start, stop)
-        loss = _loss(model(batch.x), batch, spec, spec.label_smoothing)
-        total += loss.detach() * len(batch.x)
-        if decayed:
-            loss = loss + spec.l1 * sum(value.abs().sum() for value in decayed)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return float(total) / rows
+def _groups(specs: Sequence[Spec], folds: Sequence[FoldData], out_features: int) -> Iterator[_Group]:
+    """One population for each loss; folds whose encoders made different numbers of columns are apart too."""
+    kinds: dict[tuple[str, int], list[Place]] = {}
+    for place in product(range(len(specs)), range(len(folds))):
+        key = _loss(specs[place[0]], out_features), folds[place[1]].train.x.shape[1]
+        kinds.setdefault(key, []).append(place)
+    for (loss, _), places in kinds.items():
+        used = sorted({fold for _, fold in places})
+        table, settings, rows = _table([folds[fold] for fold in used])
+        members = []
+        for spec, fold in places:
+            seeded = replace(specs[spec], seed=specs[spec].seed + fold)
+            patience = _patience(seeded, len(folds[fold].train.x))
+            members.append(replace(_member(seeded), patience=patience, **rows[used.index(fold)]))
+        population = Population(
+            members, table.x, table.y, loss=loss, sample_weight=table.weight, progress=False,
+            out_features=out_features or None, **settings,
+        )  # fmt: skip
+        yield _Group(population, places)
 
 
-def _batches(rows: int, size: int, *, alone: bool) -> list[tuple[int, int]]:
-    """(start, stop) of every batch; a last row by itself joins its neighbours unless ``alone``: it has no variance."""
-    bounds = [(start, min(start + size, rows)) for start in range(0, rows, size)]
-    if not alone and len(bounds) > 1 and bounds[-1][1] - bounds[-1][0] == 1:
-        bounds[-2:] = [(bounds[-2][0], rows)]
-    return bounds
+def _table(folds: Sequence[FoldData]) -> tuple[Split, dict[str, Any], list[dict[str, Any]]]:
+    """(table, settings of the population, rows of a member of each fold) over the folds' train and validation parts."""
+    if len(folds) == 1:
+        other = folds[0].validation
+        return folds[0].train, {"validation": (other.x, other.y, other.weight)}, [{}]
+    parts = [part for fold in folds for part in (fold.train, fold.validation)]
+    weights = [part.weight for part in parts if part.weight is not None]
+    table = Split(
+        torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]),
+        torch.cat(weights) if weights else None,
+    )  # fmt: skip
+    rows, end = [], 0
+    for fold in folds:
+        begin, middle = end, end + len(fold.train.x)
+        end = middle + len(fold.validation.x)
+        every = torch.arange(begin, end, dtype=torch.int32)
+        rows.append({"rows": every[: middle - begin], "validation_rows": every[middle - begin :]})
+    return table, {}, rows
 
 
-def _part(data: Split, start: int, stop: int) -> Split:
-    return Split(data.x[start:stop], data.y[start:stop], None if data.weight is None else data.weight[start:stop])
+def _member(spec: Spec) -> Member:
+    with_betas = spec.optimizer in ("adam", "adamw")
+    # A batch norm cannot learn from single rows.
+    least = 2 if spec.norm == "batch" and spec.hidden else 1
+    return Member(
+        spec.hidden, activation=spec.activation, dropout=spec.dropout, norm=spec.norm, init=spec.init,
+        optimizer=spec.optimizer, lr=spec.lr, weight_decay=spec.weight_decay, l1=spec.l1,
+        batch_size=max(least, spec.batch_size), epochs=spec.epochs, seed=spec.seed,
+        momentum=0.0 if with_betas else spec.momentum, betas=(spec.beta1, spec.beta2),
+        label_smoothing=spec.label_smoothing, min_delta=_NOTABLE, schedule=spec.schedule, floor=spec.lr_decay,
+        **_decay(spec),
+    )  # fmt: skip
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, spec: Spec, epochs_done: float) -> None:
-    if spec.schedule != "constant":
-        factor = lr_factor(spec.schedule, min(epochs_done / spec.epochs, 1.0), spec.lr_decay)
-        for group in optimizer.param_groups:
-            group["lr"] = spec.lr * factor
+def _decay(spec: Spec) -> dict[str, Any]:
+    if spec.schedule == "exponential":
+        return {"gamma": spec.lr_decay ** (1.0 / spec.epochs)}
+    return {"gamma": 0.1, "every": math.ceil(spec.epochs / 3)} if spec.schedule == "step" else {}
 
 
-def _optimizer(model: nn.Module, spec: Spec) -> torch.optim.Optimizer:
-    parameters = model.parameters()
-    shared: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay}
-    if spec.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=spec.momentum, fused=True, **shared)
-    if spec.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, momentum=spec.momentum, **shared)
-    kind = torch.optim.Adam if spec.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, betas=(spec.beta1, spec.beta2), fused=True, **shared)
+def _patience(spec: Spec, rows: int) -> int | None:
+    if spec.patience is None:
+        return None
+    return max(spec.patience, math.ceil(_MIN_STEPS / math.ceil(rows / spec.batch_size)))
 
 
-def _loss(output: Tensor, data: Split, spec: Spec, smoothing: float = 0.0) -> Tensor:
-    y, weight = data.y, data.weight
-    if y.dtype != torch.int64:
-        each = _NUMBER_LOSS[spec.loss or "mse"](output, y, reduction="none")[:, 0]
-    elif spec.loss == "squared":
-        each = (output.softmax(1) - F.one_hot(y, output.shape[1])).square().sum(1)
-    else:
-        return _mean(F.cross_entropy(output, y, reduction="none", label_smoothing=smoothing), weight)
-    return _mean(each, weight)
+def _loss(spec: Spec, out_features: int) -> str:
+    if out_features:
+        return "brier" if spec.loss == "squared" else "cross_entropy"
+    return spec.loss or "mse"
 
 
-_NUMBER_LOSS: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "huber": F.smooth_l1_loss, "l1": F.l1_loss}
+def _train_side_by_side(population: Population, late: Callable[[], bool]) -> None:
+    """All members to their end, or until it is late, at nearly the same epoch each."""
+    done, more = 0, 1
+    while population.alive and done < _MAX_EPOCHS and not (done and late()):
+        more = min(more, _MAX_EPOCHS - done)
+        population.train(more, stop=late if done else None)
+        done, more = done + more, 2 * more
 
 
-def _mean(each: Tensor, weight: Tensor | None) -> Tensor:
-    return each.mean() if weight is None else (each * weight).mean()
+def _outcome(scores: Any) -> Outcome:
+    """Without scores; "not started" where nothing was trained."""
+    pairs = list(zip(scores.train_loss, scores.validation_loss))
+    finite = [all(map(math.isfinite, pair)) for pair in pairs]
+    kept = pairs[: finite.index(False)] if False in finite else pairs
+    stopped = scores.status
+    if scores.skipped or len(kept) < len(pairs):
+        stopped = "diverged"
+    elif stopped == "alive":
+        stopped = "not started" if not pairs else "epochs" if len(pairs) >= _MAX_EPOCHS else "clock"
+    return Outcome(
+        best_epoch=scores.best_epoch or 0, stopped=stopped, seconds=scores.seconds,
+        train_loss=[pair[0] for pair in kept], validation_loss=[pair[1] for pair in kept],
+    )  # fmt: skip
 
 
-def _forward(model: nn.Module, x: Tensor) -> Tensor:
-    model.eval()
-    with torch.inference_mode():
-        output: Tensor = model(x)
-    return output
-
-
-def _copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Weights and dropout draw from torch's generator: seed it here and give it back as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+def _of_spec(number: int, folds: int, found: dict[Place, Outcome], on_fold: Report | None) -> list[Outcome]:
+    """The outcomes of a spec, up to the first fold that did not finish."""
+    outcomes: list[Outcome] = []
+    for fold in range(folds):
+        outcome = found[number, fold]
+        if outcome.stopped == "not started" and (outcomes or number == 0):
+            outcome.stopped = "clock"
+        outcomes.append(outcome)
+        if on_fold is not None and outcome.stopped != "not started":
+            on_fold(number, fold, outcome)
+        if not outcome.finished:
+            break
+    return outcomes

@@ -179,8 +179,10 @@ class Step {
       entropy.wanted = loss_.wanted(row);
       entropy.weight = loss_.weights.get(row);
       entropy.outputs.assign(z.begin() + row * last.out, z.begin() + (row + 1) * last.out);
-      add(sums[static_cast<size_t>(row / kPanel)], shared(entropy.value(), row));
-      for (int64_t c = 0; c < last.out; ++c) compare_slope(row, c, shared(entropy.slope(c), row), report);
+      const bool brier = net_.loss == Loss::brier;
+      add(sums[static_cast<size_t>(row / kPanel)], shared(brier ? entropy.brier() : entropy.value(), row));
+      for (int64_t c = 0; c < last.out; ++c)
+        compare_slope(row, c, shared(brier ? entropy.brier_slope(c) : entropy.slope(c), row), report);
     }
     compare_values(sums, report);
   }
@@ -284,8 +286,8 @@ inline void check_steps(Format format, void (*kernel)(const mlpkit::StepPanel&),
   for (int activation = 0; activation <= static_cast<int>(Activation::tanh); ++activation)
     for (const double p : {0.0, 0.3, 1.0})
       for (int64_t hidden = 1; hidden <= 3; ++hidden)
-        check(drawn(format, hidden, static_cast<Activation>(activation), p, draw.of(rows), loss(draw.below(6)), draw));
-  for (int64_t kind = 0; kind < 6; ++kind)
+        check(drawn(format, hidden, static_cast<Activation>(activation), p, draw.of(rows), loss(draw.below(7)), draw));
+  for (int64_t kind = 0; kind < 7; ++kind)
     for (const int64_t count : rows)
       for (int64_t hidden = 0; hidden < 4; ++hidden)
         check(drawn(format, hidden, static_cast<Activation>(draw.below(9)), 0.3, count, loss(kind), draw));

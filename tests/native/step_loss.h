@@ -94,6 +94,45 @@ struct EntropyOfRow {
     return {certain * (share - is_class) + smoothing.spread * (total * share - v),
             (certain + smoothing.spread * total) * share_error + kRoundings * kUnit * magnitude};
   }
+
+  // The same of the squared error of p = softmax(z), d = p - [class].
+  Bounded share(int64_t c) const {
+    const Bounded s = surprise();
+    const Real p = std::exp(output(c).value - s.value);
+    return {p, p * (2 * s.error + kRoundings * kUnit)};
+  }
+  Bounded deviation(int64_t c) const {
+    const Bounded p = share(c);
+    const Real d = p.value - (c == wanted);
+    return {d, p.error + kUnit * std::fabs(d)};
+  }
+  Bounded brier() const {
+    if (wanted < 0) return {0, 0};
+    Bounded sum{0, 0};
+    for (int64_t c = 0; c < classes(); ++c) {
+      const Bounded d = deviation(c);
+      sum.value += d.value * d.value;
+      sum.error += d.error * (2 * std::fabs(d.value) + d.error);
+    }
+    sum.error += static_cast<Real>(classes() + kRoundings) * kUnit * sum.value;
+    return sum;
+  }
+  Bounded brier_slope(int64_t c) const {
+    if (wanted < 0) return {0, 0};
+    Bounded expected{0, 0};
+    Real magnitude = 0;
+    for (int64_t i = 0; i < classes(); ++i) {
+      const Bounded p = share(i), d = deviation(i);
+      expected.value += p.value * d.value;
+      expected.error += p.error * std::fabs(d.value) + (p.value + p.error) * d.error;
+      magnitude += p.value * std::fabs(d.value);
+    }
+    const Bounded p = share(c), d = deviation(c);
+    const Real rest = d.value - expected.value, roundings = static_cast<Real>(classes() + kRoundings) * kUnit;
+    const Real error = d.error + expected.error + roundings * (magnitude + std::fabs(d.value));
+    return {2 * p.value * rest, 2 * (p.error * (std::fabs(rest) + error) + p.value * error) +
+                                    kRoundings * kUnit * std::fabs(2 * p.value * rest)};
+  }
 };
 
 }  // namespace native

@@ -145,7 +145,7 @@ struct NetLoss {
     if (entropy()) fill_classes(draw);
   }
 
-  bool entropy() const { return net.loss == Loss::cross_entropy; }
+  bool entropy() const { return mlpkit::of_classes(net.loss); }
   int64_t outputs() const { return net.widths.back(); }
   int64_t padded() const { return panels_of(net.rows) * kPanel; }
   int64_t table_rows() const { return net.rows + (picked ? 3 : 0); }
