@@ -58,7 +58,9 @@ def test_every_page_is_in_the_navigation():
     assert named == {path.name for path in PAGES}
 
 
-@pytest.mark.parametrize("name", ["index.md", "from-sklearn.md", "from-tiny-cuda-nn.md", "from-hf-debug.md"])
+@pytest.mark.parametrize(
+    "name", ["index.md", "from-sklearn.md", "from-tiny-cuda-nn.md", "from-hf-debug.md", "interop.md"]
+)
 def test_the_snippets_run_in_order(name, capsys):
     pytest.importorskip("sklearn")
     names = {}

@@ -20,6 +20,7 @@ FLOORS = [
     {"functional"},
     {"nn", "init"},
     {"guard", "population", "trace", "report"},
+    {"interop"},
     {"tune", "bench"},
     {"cli", "__main__"},
 ]

@@ -44,6 +44,12 @@ class Gate:
         ]
         self._finalizer = weakref.finalize(self, _remove, handles)
 
+    def begin(self) -> None:
+        """Open without a forward of the model's own: the loop calls its parts."""
+        if not self.open:
+            self.buffers.take()
+        self.open = True
+
     def close(self) -> None:
         """The iteration is over."""
         self.open = False

@@ -136,6 +136,17 @@ class GradScaler(torch.amp.GradScaler):
         self._optimizers.clear()
         self._ranks = Ranks(model)
 
+    def begin(self) -> None:
+        """Copy the model's buffers now: for loops in which a step calls parts of the model, and not the model itself.
+
+        Does nothing where a forward of this iteration has copied them. Raises ArgumentError without a model.
+        """
+        if not self._enabled:
+            return
+        if self._gate is None:
+            raise ArgumentError(f"{_OWNER}.begin: no model is protected; give model=, or call protect(model)")
+        self._gate.begin()
+
     @property
     def headroom(self) -> dict[str, float]:
         """Bits between each gradient of the last step, scaled, and float16's largest number, by name. Syncs."""
