@@ -15,14 +15,18 @@ import mlpkit
 from mlpkit.errors import ArgumentError
 from mlpkit.tune import TunedModel
 
-FIXED = [
+# The search is cut short in trials and epochs, not in kind: folds, verdicts and the fit on all rows are all there.
+QUICK = {"budget": "1 trials", "cv": 2, "space": {"epochs": 30, "lr": 0.05, "batch_size": 64}}
+CHECKED = [
     mlpkit.MLPClassifier((32,), learning_rate_init=0.02, max_iter=60),
     mlpkit.MLPRegressor((32,), learning_rate_init=0.02, max_iter=60),
+    mlpkit.TunedMLPClassifier(**QUICK),
+    mlpkit.TunedMLPRegressor(**QUICK),
 ]
 
 
 @pytest.mark.filterwarnings("default")
-@parametrize_with_checks(FIXED)
+@parametrize_with_checks(CHECKED)
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 

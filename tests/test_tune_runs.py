@@ -185,7 +185,7 @@ def test_figures_of_the_search_are_lawful_plotly(searched):
     import plotly.graph_objects as go
     from test_tune import _plain_colours
 
-    from mlpkit.tune import search_plots
+    from mlpkit.tune import search_plots, trust_plots
     from mlpkit.tune.importance import importance
 
     run, _ = searched
@@ -193,7 +193,7 @@ def test_figures_of_the_search_are_lawful_plotly(searched):
     figures = [
         search_plots.parallel(run, space, space.free()), *search_plots.slices(run, space, space.free()),
         *search_plots.contours(run, space), search_plots.importances(importance(run.trials, space)),
-        search_plots.calibration(*run.truth()),
+        trust_plots.calibration(*run.truth(), 1.0), trust_plots.selective(*run.truth(), 1.0),
     ]  # fmt: skip
     assert len(figures) > 10
     for figure in figures:

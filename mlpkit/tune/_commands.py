@@ -92,7 +92,10 @@ def tune(
 @click.argument("table", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="CSV file to write [default: print].")
 @click.option("--id", "identifier", default=None, metavar="NAME", help="Column of TABLE to repeat in front.")
-def predict(run: Path, table: Path, out: Path | None, identifier: str | None) -> None:
+@click.option(
+    "--uncertainty", is_flag=True, help="Add how far each prediction can be trusted: intervals, entropy, disagreement."
+)
+def predict(run: Path, table: Path, out: Path | None, identifier: str | None, uncertainty: bool) -> None:
     """Predict every row of TABLE with the model in the directory RUN; classes come with probabilities."""
     from mlpkit.report import write_whole
     from mlpkit.tune.model import TunedModel
@@ -102,7 +105,11 @@ def predict(run: Path, table: Path, out: Path | None, identifier: str | None) ->
         reason = "is a directory" if out.is_dir() else "lies in a directory that does not exist"
         raise ArgumentError(f"out: {out} {reason}")
     frame = read_csv(table)
-    predicted = TunedModel.load(run).table(frame)
+    model = TunedModel.load(run)
+    predicted = model.table(frame)
+    if uncertainty:
+        for name, values in model.uncertainty(frame).items():
+            predicted.insert(len(predicted.columns), name, values, allow_duplicates=True)
     if identifier is not None:
         predicted.insert(0, identifier, take_target(frame, identifier)[1].to_numpy(), allow_duplicates=True)
     text = predicted.to_csv(index=False)

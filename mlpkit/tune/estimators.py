@@ -59,7 +59,13 @@ class _Tabular(BaseEstimator):  # type: ignore[misc]
         predicted = model.predict(self._table(X, reset=False))
         return self.classes_[np.asarray(predicted, dtype=np.int64)] if self._classifier else predicted
 
-    def export(self) -> nn.Sequential:
+    def uncertainty(self, X: Any, *, samples: int = 50, seed: int = 0) -> Any:
+        """How far each prediction can be trusted, as a DataFrame: ``TunedModel.uncertainty``."""
+        check_is_fitted(self)
+        model: TunedModel = self.model_
+        return model.uncertainty(self._table(X, reset=False), samples=samples, seed=seed)
+
+    def export(self) -> nn.Module:
         """The network as stock PyTorch modules, on encoded inputs (``model_.encoder`` makes them)."""
         check_is_fitted(self)
         model: TunedModel = self.model_

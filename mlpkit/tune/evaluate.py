@@ -49,6 +49,7 @@ class Search:
         self.rows = len(folds[0].train)
         self.base = make_spec((), self.rows, seed)
         self.slowest = 0.0
+        self.final_fits = 1
 
     @property
     def done(self) -> bool:
@@ -247,8 +248,8 @@ class Search:
         return self._encoded[encoding]
 
     def _deadline(self) -> float:
-        # What remains after the winner's refit on all rows, which costs a little more than one of its folds.
-        return self.clock.end - 1.5 * self.slowest / len(self.folds) - _WRAP_UP_SECONDS
+        # What remains after the fits on all rows, each of which costs a little more than one of its folds.
+        return self.clock.end - self.final_fits * 1.5 * self.slowest / len(self.folds) - _WRAP_UP_SECONDS
 
     def _typical(self) -> float:
         recent = [trial.seconds for trial in self.trials[-5:]]

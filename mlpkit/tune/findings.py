@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlpkit.tune import stats
+from mlpkit.tune.ensemble import Committee
 from mlpkit.tune.importance import Importance, importance
 from mlpkit.tune.ladder import Climb, Trial
 from mlpkit.tune.parts import Choice, Value
@@ -96,6 +97,24 @@ def shape(climb: Climb) -> Verdict | None:
         return Verdict("shape", "either", text, "good", numbers)
     better = "tapered" if step.ratio > 0 else "wide"
     return Verdict("shape", better, f"Layers are better {better} {told}.", "good", numbers)
+
+
+def ensemble(committee: Committee | None, metric: str) -> Verdict | None:
+    """Whether an average of finalists predicts better than the winner, judged where it was not chosen."""
+    if committee is None:
+        return None
+    count, step = len(committee.trials), committee.step
+    unit = "nats of log loss a row" if metric == "accuracy" else "of the target's variance"
+    numbers = {"networks": count, "saved": step.gain, "se": step.se, "score": committee.score}
+    told = f"{abs(step.gain):.3f} {unit}, {abs(step.ratio):.1f} SE"
+    if committee.better:
+        text = (
+            f"An average of {count} networks predicts: it saves {told}; {metric} {committee.score:.3f} on unseen rows."
+        )
+        return Verdict("ensemble", "average", text, "good", numbers)
+    change = "saves only" if step.gain > 0 else "costs"
+    text = f"One network predicts: an average of finalists {change} {told} ({metric} {committee.score:.3f})."
+    return Verdict("ensemble", "single", text, "good", numbers)
 
 
 def regularisation(climb: Climb) -> Verdict | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from mlpkit.errors import ArgumentError, DataError, ShapeError
 from mlpkit.report._extras import require
 from mlpkit.tune import trainer
+from mlpkit.tune.calibration import softmax
 from mlpkit.tune.encoder import Encoder
 from mlpkit.tune.problem import decode_target
 from mlpkit.tune.spec import Spec
@@ -28,12 +29,25 @@ _VERSION = 1
 _BLOCK = 65536
 
 
+@dataclass(frozen=True)
+class Member:
+    """One network of an average: its architecture and how much it counts."""
+
+    hidden: tuple[int, ...]
+    activation: str
+    norm: str | None
+    dropout: float | tuple[float, ...]
+    weight: float
+
+
 @dataclass
 class TunedModel:
     """A network with its preprocessing: takes tables as they came, missing cells and unseen categories included.
 
     Attributes: ``model`` (an nn.Module on encoded inputs), ``task``, ``classes_`` (labels, empty for a regression),
     ``columns``, ``encoder``, ``hidden``, ``target_name``; a regression's output is scaled back by ``target_scale``.
+    ``members``: of an average of networks, else empty. ``temperature`` divides the logits of classes. ``interval``: the
+    5 % and 95 % quantiles of a regression's errors on unseen rows, in units of the network's output.
     """
 
     model: nn.Module
@@ -49,6 +63,9 @@ class TunedModel:
     target_mean: float = 0.0
     target_scale: float = 1.0
     log_target: bool = False
+    members: tuple[Member, ...] = ()
+    temperature: float = 1.0
+    interval: tuple[float, float] | None = None
 
     @property
     def classes_(self) -> npt.NDArray[Any]:
@@ -71,10 +88,21 @@ class TunedModel:
         return decode_target(output[:, 0], self.target_mean, self.target_scale, self.log_target)
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
-        """(rows, classes) probabilities that sum to 1; ArgumentError for a regression."""
+        """(rows, classes) calibrated probabilities that sum to 1; ArgumentError for a regression."""
         if self.task != "classification":
             raise ArgumentError("predict_proba: this is a regression model; use predict")
-        return probabilities(self._output(X))
+        return softmax(self._output(X), self.temperature)
+
+    def uncertainty(self, X: Any, *, samples: int = 50, seed: int = 0) -> Any:
+        """How far each prediction can be trusted, as a DataFrame; see ``mlpkit.tune.uncertainty``.
+
+        Classes: "uncertainty" (entropy of the calibrated probabilities, 0 to 1) and, where there are several networks
+        or dropout, "disagreement" (mutual information, 0 to 1). Numbers: "low", "high" (90 % interval) and "spread"
+        (standard deviation between networks and dropout masks). samples, seed: of the dropout masks.
+        """
+        from mlpkit.tune.uncertainty import uncertainty
+
+        return uncertainty(self, X, samples, seed)
 
     def score(self, X: Any, y: Any) -> float:
         """Accuracy or R2 on labelled rows."""
@@ -87,9 +115,12 @@ class TunedModel:
         total = float(np.sum((truth - truth.mean()) ** 2))
         return 1.0 - float(np.sum((truth - predicted) ** 2)) / total
 
-    def export(self) -> nn.Sequential:
-        """The network as stock PyTorch modules, on the inputs that ``encoder`` makes."""
-        plain: nn.Sequential = self.model.to_sequential()  # type: ignore[operator]
+    def export(self) -> nn.Module:
+        """The network on the inputs that ``encoder`` makes: an nn.Sequential of stock PyTorch modules.
+
+        For an average of networks a small module around several of those; its softmax are the averaged probabilities.
+        """
+        plain: nn.Module = self.model.to_sequential()  # type: ignore[operator]
         return plain.eval()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -120,8 +151,11 @@ class TunedModel:
                 "out_features": max(1, len(self.classes)),
                 "activation": self.activation,
                 "norm": self.norm,
-                "dropout": self.dropout if isinstance(self.dropout, float) else list(self.dropout),
+                "dropout": _rates(self.dropout),
             },
+            "members": [{**asdict(member), "dropout": _rates(member.dropout)} for member in self.members],
+            "temperature": self.temperature,
+            "interval": None if self.interval is None else list(self.interval),
             "columns": [{"name": column.name, "kind": column.kind} for column in self.columns],
             "encoder": self.encoder.to_dict(),
         }
@@ -152,13 +186,12 @@ class TunedModel:
         network, target = data["network"], data["target"]
         hidden = tuple(network["hidden"])
         out_features = network["out_features"] if data["task"] == "classification" else 0
-        rate = network.get("dropout", 0.0)
-        spec = Spec(
-            hidden, 0.0, 0.0, 1, 0, activation=network["activation"], norm=network.get("norm"),
-            dropout=tuple(rate) if isinstance(rate, list) else float(rate),
-        )  # fmt: skip
+        members = tuple(_member(item) for item in data.get("members", []))
+        single = _member({**network, "weight": 1.0})
+        networks = [_build(item, network["in_features"], out_features) for item in members or (single,)]
+        interval = data.get("interval")
         return cls(
-            model=trainer.build(spec, network["in_features"], out_features).eval(),
+            model=_whole(networks, members, bool(out_features)).eval(),
             task=data["task"],
             target_name=target["name"],
             classes=tuple(data["classes"]),
@@ -167,21 +200,26 @@ class TunedModel:
             hidden=hidden,
             activation=network["activation"],
             norm=network.get("norm"),
-            dropout=spec.dropout,
+            dropout=single.dropout,
             target_mean=target["mean"],
             target_scale=target["scale"],
             log_target=target.get("log", False),
+            members=members,
+            temperature=float(data.get("temperature", 1.0)),
+            interval=None if interval is None else (float(interval[0]), float(interval[1])),
         )
 
+    def inputs(self, X: Any) -> torch.Tensor:
+        """Raw rows as the network takes them: (rows, in_features), its dtype."""
+        encoded = self.encoder.transform(clean(to_frame(X), self.columns))
+        return torch.from_numpy(encoded).to(next(self.model.parameters()).dtype)
+
     def _output(self, X: Any) -> npt.NDArray[np.float64]:
-        frame = to_frame(X)
-        inputs = self.encoder.transform(clean(frame, self.columns))
+        inputs = self.inputs(X)
         self.model.eval()
         with torch.inference_mode():
             # In blocks, so that a table larger than memory's worth of activations still passes.
-            kind = next(self.model.parameters()).dtype
-            blocks = (torch.from_numpy(inputs[at : at + _BLOCK]).to(kind) for at in range(0, len(inputs), _BLOCK))
-            parts = [self.model(block) for block in blocks]
+            parts = [self.model(inputs[at : at + _BLOCK]) for at in range(0, len(inputs), _BLOCK)]
         width = max(1, len(self.classes))
         output: npt.NDArray[np.float64] = (torch.cat(parts) if parts else torch.empty(0, width)).double().numpy()
         return output
@@ -196,8 +234,26 @@ class TunedModel:
         return frame
 
 
-def probabilities(output: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Softmax over the last axis."""
-    shifted = np.exp(output - output.max(axis=1, keepdims=True, initial=-np.inf))
-    normal: npt.NDArray[np.float64] = shifted / shifted.sum(axis=1, keepdims=True)
-    return normal
+def _rates(dropout: float | tuple[float, ...]) -> float | list[float]:
+    return dropout if isinstance(dropout, int | float) else list(dropout)
+
+
+def _member(item: Mapping[str, Any]) -> Member:
+    rate = item.get("dropout", 0.0)
+    dropout = tuple(rate) if isinstance(rate, list) else float(rate)
+    return Member(tuple(item["hidden"]), item["activation"], item.get("norm"), dropout, float(item["weight"]))
+
+
+def _build(member: Member, in_features: int, out_features: int) -> nn.Module:
+    spec = Spec(
+        member.hidden, 0.0, 0.0, 1, 0, activation=member.activation, norm=member.norm, dropout=member.dropout
+    )  # fmt: skip
+    return trainer.build(spec, in_features, out_features)
+
+
+def _whole(networks: Sequence[nn.Module], members: Sequence[Member], classes: bool) -> nn.Module:
+    if not members:
+        return networks[0]
+    from mlpkit.tune.ensemble import Average
+
+    return Average(networks, [member.weight for member in members], classes=classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mlpkit.report import Code, Fact, Notes, Section, Table, Text, render_page
-from mlpkit.tune import plots, search_plots
+from mlpkit.tune import plots, search_plots, trust_plots
 from mlpkit.tune.findings import Tone
 from mlpkit.tune.importance import importance
 from mlpkit.tune.ladder import Trial
@@ -106,10 +106,30 @@ def _searched(run: Run) -> list[Section]:
     bars = search_plots.importances(found)
     if bars is not None:
         sections.append(Section("Importance", [bars], "What the score depended on."))
-    truth = run.truth()
-    if truth is not None:
-        sections.append(Section("Calibration", [search_plots.calibration(*truth)], "Can the probabilities be trusted?"))
-    return sections
+    return [*sections, *_trusted(run)]
+
+
+def _trusted(run: Run) -> list[Section]:
+    """What the rows that no network learnt from say about probabilities and intervals."""
+    rows = run.truth()
+    if rows is None:
+        return []
+    if run.estimator.task == "classification":
+        figure = trust_plots.calibration(*rows, run.estimator.temperature)
+        sure = trust_plots.selective(*rows, run.estimator.temperature)
+        return [
+            Section("Calibration", [figure], "Can the probabilities be trusted?"),
+            Section("Uncertainty", [sure], "Are the predictions it is sure of better?"),
+        ]
+    interval = run.estimator.interval
+    if interval is None:
+        return []
+    figure = trust_plots.coverage(*rows)
+    errors = trust_plots.errors(*rows, interval)
+    return [
+        Section("Calibration", [figure], "Do intervals hold what they promise?"),
+        Section("Uncertainty", [errors], "How far off is a prediction?"),
+    ]
 
 
 def _ladder_intro(run: Run) -> str:

@@ -14,18 +14,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from mlpkit.report import write_whole
 from mlpkit.tune import rundir
+from mlpkit.tune.ensemble import Committee
 from mlpkit.tune.evaluate import Search
+from mlpkit.tune.final import unseen
 from mlpkit.tune.findings import Verdict
 from mlpkit.tune.folds import Fold
 from mlpkit.tune.honest import Estimate
 from mlpkit.tune.ladder import Climb, Trial
-from mlpkit.tune.model import TunedModel, probabilities
-from mlpkit.tune.rows import all_outputs
+from mlpkit.tune.model import TunedModel
 
 _FORMAT = "mlpkit-tune"
 _VERSION = 1
@@ -38,6 +38,7 @@ class Run:
     ``estimator`` predicts on raw tables, ``model`` is its network (an nn.Module on encoded inputs); ``verdicts`` are
     the findings in words, ``trials`` the candidates, ``study`` the same as an Optuna study. ``estimate`` is the score
     one may expect, corrected for the choice; ``test_score`` that on the test table, if one was given.
+    ``committee``: the average of finalists, whether or not it took the winner's place; None where none was judged.
     """
 
     estimator: TunedModel
@@ -53,14 +54,15 @@ class Run:
     estimate: Estimate | None = None
     search: Search | None = None
     test_score: float | None = None
+    committee: Committee | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the study and the search, which hold locks and the rows."""
-        return {**self.__dict__, "study": None, "search": None}
+        """Without the study, the search and outputs of rows: what holds locks or the table."""
+        return {**self.__dict__, "study": None, "search": None, "committee": None}
 
     @property
     def model(self) -> nn.Module:
-        """The winner's network, fitted on all rows."""
+        """The network that predicts, fitted on all rows: the winner's, or an average of finalists."""
         return self.estimator.model
 
     @property
@@ -74,14 +76,13 @@ class Run:
         return self.climb.winner
 
     def truth(self) -> tuple[Any, Any] | None:
-        """(probabilities, class numbers) of the winner on all test rows; None for numbers or without outputs."""
-        if self.estimator.task != "classification" or self.search is None:
+        """(outputs, truth) on all test rows: logits and class numbers, or both as networks see numbers.
+
+        The outputs are those of networks that did not learn from the row; None where they were not kept.
+        """
+        if self.search is None:
             return None
-        outputs = all_outputs(self.winner.outcomes)
-        if outputs is None:
-            return None
-        rows = np.concatenate([fold.test for fold in self.folds])
-        return probabilities(outputs), self.search.problem.target.values[rows]
+        return unseen(self.search, self.winner, self.committee)
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write the report as one HTML file that works offline."""
@@ -137,6 +138,7 @@ class Run:
                 "winner": self.winner.name,
                 "estimate": None if self.estimate is None else asdict(self.estimate),
                 "test_score": self.test_score,
+                "committee": _committee(self.committee),
                 "verdicts": [asdict(verdict) for verdict in self.verdicts],
                 "trials": [_trial(trial) for trial in self.trials],
                 "steps": {str(rung): asdict(step) for rung, step in self.climb.steps.items()},
@@ -172,6 +174,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _committee(committee: Committee | None) -> dict[str, Any] | None:
+    if committee is None:
+        return None
+    return {
+        "trials": [trial.number for trial in committee.trials],
+        "weights": list(committee.weights),
+        "saved": asdict(committee.step),
+        "score": committee.score,
+        "used": committee.better,
+    }
 
 
 def _trial(trial: Trial) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""``tune``: a table and a target in, a Run out. Encodes every fold once, searches, judges, refits the winner."""
+"""``tune``: a table and a target in, a Run out. Checks, searches, judges, and puts the Run together."""
 
 from __future__ import annotations
 
 import os
 import secrets
-import statistics
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlpkit.errors import ArgumentError, NonFiniteError
+from mlpkit.errors import ArgumentError
 from mlpkit.report._extras import require
 from mlpkit.tune import progress as speak
-from mlpkit.tune import rundir, trainer
+from mlpkit.tune import rundir
 from mlpkit.tune.budget import Clock, read_budget
+from mlpkit.tune.ensemble import Committee, choose
 from mlpkit.tune.evaluate import Search
+from mlpkit.tune.final import estimate, fit
 from mlpkit.tune.folds import make_folds
-from mlpkit.tune.honest import Estimate, corrected
 from mlpkit.tune.journal import Journal, header_of
-from mlpkit.tune.ladder import Climb, Trial, from_trials
+from mlpkit.tune.ladder import Climb, from_trials
 from mlpkit.tune.model import TunedModel
-from mlpkit.tune.problem import Problem, encode_all, read_problem
-from mlpkit.tune.rows import row_scores
+from mlpkit.tune.problem import Problem, read_problem
 from mlpkit.tune.run import Run, versions
 from mlpkit.tune.space import Space, widths
 from mlpkit.tune.study import to_study
@@ -34,6 +33,7 @@ from mlpkit.tune.verdicts import judge
 STRATEGIES = (
     "auto", "constructive", "grid", "random", "quasirandom", "coarse_to_fine", "bayes", "sequential",
 )  # fmt: skip
+_FITS_OF_AN_AVERAGE = 5  # What the clock sets aside for the networks of an average, each fitted on all rows.
 
 
 def tune(
@@ -50,6 +50,7 @@ def tune(
     time: Any = None,
     sample_weight: Any = None,
     test: tuple[Any, Any] | None = None,
+    ensemble: bool | None = None,
     resume: bool = True,
     task: str = "auto",
     categorical: Collection[str] = (),
@@ -67,7 +68,9 @@ def tune(
     whole number, or None for a drawn one (the run records it). out: a run directory to write (see ``Run.save``).
     space: a ``Space``, or its parts by name. groups: a value per row, or the name of a column; rows of one group share
     a fold. time: the same; a fold learns only from rows before those it is tested on. sample_weight: a weight per row.
-    test: (X, y), scored once, by the final model. resume: go on with a run into ``out`` that was killed.
+    test: (X, y), scored once, by the final model. ensemble: True predicts with an average of finalists where that is
+    better by one standard error, False with the winner alone, None is True for "auto" only. resume: go on with a run
+    into ``out`` that was killed.
     task: "classification", "regression" or "auto". categorical, ignore: names of columns. progress: True or None shows
     it on stderr, False is silent. Same table, seed and versions give the same scores, unless the budget, being a time,
     cut the search short.
@@ -93,41 +96,20 @@ def tune(
     )
     metric = "accuracy" if problem.target.task == "classification" else "R2"
     with speak.choose(progress, metric, cv) as say, _one_thread():
-        say.note(_opening(problem, cv, seed))
-        for note in problem.notes:
-            say.note(f"note: {note}")
-        if journal.resumed:
-            say.note(f"going on with an earlier run: {journal.resumed} results are known")
-        folds = make_folds(
-            problem.target.values, cv, seed, stratify=problem.target.task == "classification", groups=problem.groups,
-            order=problem.order,
-        )  # fmt: skip
-        search = Search(problem, folds, wanted, seed, clock, say, journal)
+        search = _prepared(problem, wanted, cv, seed, clock, say, journal)
+        averaging = strategy == "auto" if ensemble is None else bool(ensemble)
+        search.final_fits = _FITS_OF_AN_AVERAGE if averaging else 1
         _run_strategy(strategy, search)
         result = from_trials(search.trials, [widths(params) for params in search.untried])
+        committee = choose(search, result) if averaging else None
         say.note(f"refitting {result.winner.words} on all {problem.rows} rows")
-        model, epochs = _refit(search, result.winner)
-    run = Run(
-        estimator=model,
-        verdicts=judge(result, metric, _floor(problem), search=search),
-        climb=result,
-        study=to_study(result, metric, seed, wanted),
-        folds=folds,
-        metric=metric,
-        settings={
-            "strategy": strategy, "budget": str(allowed), "cv": cv, "seed": seed, "epochs_of_refit": epochs,
-            "space": wanted.to_plain(),
-        },
-        data={
-            "rows": problem.rows, "sha256": problem.fingerprint, "notes": problem.notes,
-            "features": len(model.encoder.feature_names),
-        },
-        command=command,
-        seconds=clock.now(),
-        estimate=estimate(search, result),
-        search=search,
-        test_score=None if test is None else model.score(*test),
-    )  # fmt: skip
+        model, epochs = fit(search, result.winner, committee)
+    settings = {
+        "strategy": strategy, "budget": str(allowed), "cv": cv, "seed": seed, "epochs_of_refit": epochs,
+        "space": wanted.to_plain(),
+    }  # fmt: skip
+    run = _run(search, result, committee, model, settings, command)
+    run.test_score = None if test is None else model.score(*test)
     if target_path is not None:
         run.save(target_path, overwrite=overwrite)
         if journal.path is not None:
@@ -135,22 +117,45 @@ def tune(
     return run
 
 
-def estimate(search: Search, climb: Climb) -> Estimate | None:
-    """The winner's score without the luck of the choice; None where outputs of the test rows are not at hand."""
-    rows: list[Any] = []
-    depths: list[int] = []
-    winner = -1
-    for trial in climb.trials:
-        if trial.state != "complete":
-            continue
-        own = row_scores(search.problem, search.folds, search.spec(trial.params)[1], trial.outcomes)
-        if own is None:
-            return None
-        if trial is climb.winner:
-            winner = len(rows)
-        rows.append(own)
-        depths.append(len(trial.hidden))
-    return corrected(np.stack(rows), depths, winner, climb.winner.scores, search.seed) if winner >= 0 else None
+def _prepared(
+    problem: Problem, space: Space, cv: int, seed: int, clock: Clock, say: speak.Silent, journal: Journal
+) -> Search:
+    """The search before its first candidate: folds drawn, opening words said."""
+    say.note(_opening(problem, cv, seed))
+    for note in problem.notes:
+        say.note(f"note: {note}")
+    if journal.resumed:
+        say.note(f"going on with an earlier run: {journal.resumed} results are known")
+    folds = make_folds(
+        problem.target.values, cv, seed, stratify=problem.target.task == "classification", groups=problem.groups,
+        order=problem.order,
+    )  # fmt: skip
+    return Search(problem, folds, space, seed, clock, say, journal)
+
+
+def _run(
+    search: Search, climb: Climb, committee: Committee | None, model: TunedModel, settings: dict[str, Any],
+    command: str | None,
+) -> Run:  # fmt: skip
+    problem = search.problem
+    return Run(
+        estimator=model,
+        verdicts=judge(climb, search.metric, _floor(problem), search=search, committee=committee),
+        climb=climb,
+        study=to_study(climb, search.metric, search.seed, search.space),
+        folds=search.folds,
+        metric=search.metric,
+        settings=settings,
+        data={
+            "rows": problem.rows, "sha256": problem.fingerprint, "notes": problem.notes,
+            "features": len(model.encoder.feature_names),
+        },
+        command=command,
+        seconds=search.clock.now(),
+        estimate=estimate(search, climb, committee),
+        search=search,
+        committee=committee,
+    )  # fmt: skip
 
 
 def _run_strategy(strategy: str, search: Search) -> None:
@@ -177,22 +182,6 @@ def _journal(
         seed = before.get("seed")
     seed = secrets.randbelow(2**31) if seed is None else int(seed)
     return Journal(path, {**header, "seed": seed}), seed
-
-
-def _refit(search: Search, winner: Trial) -> tuple[TunedModel, int]:
-    problem = search.problem
-    spec, encoding = search.spec(winner.params)
-    encoder, mean, scale, split = encode_all(problem, encoding)
-    epochs = round(statistics.median(outcome.best_epoch for outcome in winner.outcomes)) + 1
-    network = trainer.refit(spec, split, len(problem.target.classes), epochs)
-    if not all(bool(torch.isfinite(value).all()) for value in network.state_dict().values()):
-        raise NonFiniteError("tune: the weights became non-finite in the fit on all rows")
-    model = TunedModel(
-        model=network, task=problem.target.task, target_name=problem.target.name, classes=problem.target.classes,
-        columns=problem.columns, encoder=encoder, hidden=spec.hidden, activation=spec.activation, norm=spec.norm,
-        dropout=spec.dropout, target_mean=mean, target_scale=scale, log_target=encoding.log_target,
-    )  # fmt: skip
-    return model, epochs
 
 
 def _check(strategy: str, cv: int, random_state: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Figures of what was searched: parallel coordinates, slices, contours, importance, calibration. Fixed in size."""
+"""Figures of what was searched: parallel coordinates, slices, contours, importance. Fixed in size."""
 
 from __future__ import annotations
 
@@ -151,33 +151,6 @@ def importances(found: Sequence[Importance]) -> Figure | None:
         caption=f"PED-ANOVA with 90 % intervals; pale bars may be chance. {_TEXTBOOK}",
         table=Table(["Part", "Importance", "Low", "High", "Trials"], rows, "Importance"),
         height=120 + 26 * len(shown),
-    )
-
-
-def calibration(chances: npt.NDArray[np.float64], truth: npt.NDArray[np.int64]) -> Figure:
-    """How often the predicted class is right, against how sure the model was of it; rows it did not learn from."""
-    sure, right = chances.max(axis=1), chances.argmax(axis=1) == truth
-    bins = np.clip((sure * 10).astype(int), 0, 9)
-    used = [number for number in range(10) if (bins == number).any()]
-    x = [float(sure[bins == number].mean()) for number in used]
-    y = [float(right[bins == number].mean()) for number in used]
-    count = [int((bins == number).sum()) for number in used]
-    error = float(np.sum([n * abs(a - b) for n, a, b in zip(count, x, y)]) / len(sure))
-    ideal = {"type": "scatter", "mode": "lines", "x": [0, 1], "y": [0, 1], "line": {"color": "var(--line)"},
-             "name": "perfect", "hoverinfo": "skip"}  # fmt: skip
-    points = {
-        "type": "scatter", "mode": "lines+markers", "x": x, "y": y, "name": "winner",
-        "marker": {"color": "var(--accent)", "size": 9}, "line": {"color": "var(--accent)"},
-        "hovertemplate": "said %{x:.2f}, was right %{y:.2f}<extra></extra>",
-    }  # fmt: skip
-    layout = {"xaxis": {"title": {"text": "probability it gave"}}, "yaxis": {"title": {"text": "share that was right"}}}
-    return Figure(
-        "Calibration",
-        {"data": [ideal, points], "layout": layout},
-        alt=f"Probabilities miss the share of right answers by {error:.3f} on average.",
-        caption=f"Expected calibration error {error:.3f}, on the rows of every fold's test part.",
-        table=Table(["Probability", "Right", "Rows"], [list(row) for row in zip(x, y, count)], "Calibration"),
-        height=320,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlpkit.tune import findings, stats
 from mlpkit.tune.columns import single_columns
+from mlpkit.tune.ensemble import Committee
 from mlpkit.tune.evaluate import Search
 from mlpkit.tune.findings import Verdict
 from mlpkit.tune.ladder import TAPERS, WIDTHS, Climb, Trial, in_words, rise_after_best
@@ -18,7 +19,9 @@ _NOTHING = 0.02
 _SEARCHED = 12  # The ladder alone says of a part what its own verdicts say.
 
 
-def judge(climb: Climb, metric: str, floor: float, search: Search | None = None) -> list[Verdict]:
+def judge(
+    climb: Climb, metric: str, floor: float, search: Search | None = None, committee: Committee | None = None
+) -> list[Verdict]:
     """All verdicts, the three main ones first. floor: the score of a constant guess (largest class, or mean)."""
     verdicts = [_depth(climb, metric), _fit(climb, metric, floor), _neighbours(climb, metric)]
     if _cut_short(climb):
@@ -28,7 +31,7 @@ def judge(climb: Climb, metric: str, floor: float, search: Search | None = None)
         verdicts.append(
             Verdict("diverged", "diverged", f"The loss became non-finite with {_listed(diverged)}: left out.", "notice")
         )
-    more = [findings.shape(climb), findings.regularisation(climb)]
+    more = [findings.ensemble(committee, metric), findings.shape(climb), findings.regularisation(climb)]
     if search is not None:
         more.append(findings.leakage(single_columns(search.problem, search.folds[0]), metric))
         more += findings.borders(climb.trials, search.space)
@@ -178,7 +181,9 @@ def _budget(climb: Climb) -> Verdict:
     left = [trial.words for trial in climb.trials if trial.state == "out of time"] + [
         in_words(hidden) for hidden in climb.untried
     ]
-    text = f"The time budget ended before {_listed(left)}: not compared."
+    counts = {words: left.count(words) for words in left}
+    told = [words if count == 1 else f"{words} ({count} settings)" for words, count in counts.items()]
+    text = f"The time budget ended before {_listed(told)}: not compared."
     return Verdict("budget", "cut short", text, "notice", {"left_out": left})
 
 
