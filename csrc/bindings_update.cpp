@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <array>
 
 #include "bindings_watch.h"
 #include "ops/guarded_update.h"
@@ -18,7 +19,7 @@ namespace {
 struct UpdateNames {
   py::str lr{"lr"}, betas{"betas"}, alpha{"alpha"}, eps{"eps"}, momentum{"momentum"}, dampening{"dampening"},
       weight_decay{"weight_decay"}, l1{"l1"}, trust{"trust"}, nesterov{"nesterov"}, maximize{"maximize"},
-      amsgrad{"amsgrad"}, centered{"centered"}, params{"params"};
+      amsgrad{"amsgrad"}, centered{"centered"}, params{"params"}, fused{"fused"};
 };
 // Never destroyed: the interpreter may be gone by then.
 const UpdateNames& update_names() {
@@ -58,19 +59,25 @@ class OptimizerUpdate {
       places_.push_back({row.p.sizes().vec(), row.p.strides().vec(), row.p.scalar_type(), row.p.device()});
       for (const at::Tensor* tensor : {&row.p, &row.first, &row.second, &row.third}) collapse_into_huge_pages(*tensor);
     }
+    lend(false);
   }
 
   // None: something is not as it was prepared. Otherwise (taken, reason, norm, factor, row, rows); on a device, where
   // nothing is read, the tensors (outcome, census).
   py::object step(const py::list& groups, const py::object& state, double clip, const py::object& scale,
-                  const py::object& clean, const py::object& found, const py::object& rule, bool force) {
-    if (busy_ || state.ptr() != state_.dict.ptr() || !same(groups)) return py::none();
+                  const py::object& clean, const py::object& found, const py::object& rule, bool force, bool torch) {
+    if (busy_ || state.ptr() != state_.dict.ptr()) return py::none();
+    const Lending lending(*this);
+    if (!same(groups)) return py::none();
     GuardedOptions options;
     options.clip = clip;
     options.scale = tensor_or_none("grad_scale", scale);
     options.clean = tensor_or_none("clean_steps", clean);
     options.found = tensor_or_none("found_inf", found);
     options.force = force;
+    options.torch = torch;
+    if (torch)
+      for (const py::handle group : groups) options.fused.push_back(flag(item(group.ptr(), update_names().fused)));
     if (!rule.is_none()) {
       const auto [growth, backoff, interval, floor, ceiling] =
           rule.cast<std::tuple<double, double, int64_t, double, double>>();
@@ -119,6 +126,21 @@ class OptimizerUpdate {
     at::ScalarType dtype;
     at::Device device;
   };
+  struct Lending {
+    OptimizerUpdate& owner;
+    explicit Lending(OptimizerUpdate& to) : owner(to) { owner.lend(true); }
+    ~Lending() { owner.lend(false); }
+  };
+
+  // Rows have their tensors for the length of a step only: torch.utils.swap_tensors refuses to swap what is held.
+  void lend(bool whether) {
+    std::vector<GuardedRow>& rows = this->rows();
+    for (size_t i = 0; i < rows.size(); ++i) {
+      at::Tensor* to[] = {&rows[i].p, &rows[i].first, &rows[i].second, &rows[i].third, &rows[i].step};
+      for (int k = 0; k < 5; ++k)
+        if (objects_[i][k]) *to[k] = whether ? THPVariable_Unpack(objects_[i][k]) : at::Tensor();
+    }
+  }
 
   std::vector<GuardedRow>& rows() { return device_ ? device_->rows() : host_->rows(); }
 
@@ -138,12 +160,15 @@ class OptimizerUpdate {
       parameters_.push_back(parts[0].cast<py::object>());
       row.group = parts[1].cast<int64_t>();
       Entries known{parts[2].cast<py::dict>(), {}};
+      std::array<PyObject*, 5>& objects = objects_.emplace_back();
+      objects[0] = parts[0].ptr();
       at::Tensor* to[] = {&row.first, &row.second, &row.third, &row.step};
       for (int i = 0; i < 4; ++i) {
         if (parts[3 + i].is_none()) continue;
         const auto key = parts[3 + i].cast<py::str>();
         known.known.emplace_back(key, known.dict[key].cast<py::object>());
         *to[i] = tensor_or_none(key.cast<std::string>().c_str(), known.dict[key]);
+        objects[1 + i] = known.known.back().second.ptr();
       }
       entries_.push_back(std::move(known));
       row.copy = tensor_or_none("a copy", parts[7]);
@@ -174,7 +199,7 @@ class OptimizerUpdate {
     }
     const std::vector<GuardedRow>& rows = this->rows();
     for (size_t i = 0; i < rows.size(); ++i)
-      if (!THPVariable_Unpack(parameters_[i].ptr()).is_same(rows[i].p) || !fits(rows[i], places_[i])) return false;
+      if (!fits(rows[i], places_[i])) return false;
     return true;
   }
 
@@ -185,7 +210,10 @@ class OptimizerUpdate {
     };
     const GuardedGroup& g = settings_[row.group];
     const bool momentum = g.momentum != 0 && kind_ != Optimizer::adam && kind_ != Optimizer::adamw;
-    return like(row.p) && like(row.first) && like(row.second) && like(row.third) &&
+    const at::Tensor& step = row.step;
+    const bool counted = !step.defined() ||
+                         (step.numel() == 1 && (step.scalar_type() == at::kFloat || step.scalar_type() == at::kDouble));
+    return counted && like(row.p) && like(row.first) && like(row.second) && like(row.third) &&
            (row.first.defined() || !momentum) && (row.third.defined() || !(g.amsgrad || g.centered));
   }
 
@@ -233,6 +261,8 @@ class OptimizerUpdate {
   Items state_;
   std::vector<py::object> parameters_, idle_;  // by row; without a row
   std::vector<Entries> entries_;
+  std::vector<std::array<PyObject*, 5>>
+      objects_;  // by row: parameter, first, second, third, step; those above own them
   Optimizer kind_;
   std::unique_ptr<GuardedUpdate> host_;  // one of these two
   std::unique_ptr<DeviceUpdate> device_;
@@ -250,7 +280,7 @@ void bind_update(py::module_& m) {
       .def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(), py::arg("kind"),
            py::arg("rows"), py::arg("groups"), py::arg("state"))
       .def("step", &OptimizerUpdate::step, py::arg("groups"), py::arg("state"), py::arg("clip_norm"), py::arg("scale"),
-           py::arg("clean_steps"), py::arg("found_inf"), py::arg("rule"), py::arg("force"))
+           py::arg("clean_steps"), py::arg("found_inf"), py::arg("rule"), py::arg("force"), py::arg("torch"))
       .def("census", &OptimizerUpdate::census)
       .def("log", &OptimizerUpdate::log);
 }

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mlpkit.errors import ArgumentError, DeviceError, DtypeError, MlpkitError
-from mlpkit.guard import LossScale, TrainStep
+from mlpkit.guard import LossScale, TrainStep, optim
 
 
 def network():
@@ -91,6 +91,48 @@ def test_parts_that_do_not_fit_are_refused():
     phased = nn.Linear(2, 2, dtype=torch.complex64)
     with pytest.raises(DtypeError, match="complex parameters are not supported"):
         guarded(model=phased)
+
+
+def replace_weight(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach())
+
+
+def replace_layer(model):
+    model[4] = nn.Linear(8, 3)
+
+
+REPLACED = {
+    "a parameter": (r"parameter 0 of group 0, shape \(8, 5\),", replace_weight),
+    "a layer": (r"parameter 4 of group 0, shape \(3, 8\),", replace_layer),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adagrad, optim.SGD])
+def test_what_was_replaced_after_the_optimizer_was_made_is_noticed(what, make):
+    message, replace = REPLACED[what]
+    model = network()
+    step = TrainStep(model, "cross_entropy", make(model.parameters(), lr=0.1))
+    step(*batch())
+    replace(model)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=message + " of the optimizer is not a parameter of the model"):
+            step(*batch())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_layer_that_the_optimizer_is_given_too_is_trained():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = TrainStep(model, "cross_entropy", optimizer)
+    step(*batch())
+    model[4] = nn.Linear(8, 3)
+    optimizer.param_groups[0]["params"][4:] = model[4].parameters()
+    before = model[4].weight.detach().clone()
+    assert not step(*batch()).skipped
+    assert not torch.equal(before, model[4].weight)
+    assert step(batch()[0] * math.inf, batch()[1]).skipped
 
 
 LOSS_ERRORS = {

@@ -84,6 +84,7 @@ MLPKIT_HD bool stays_within(const OptimizerSettingsOf<double>& s, Extents& e, do
         step = s.nesterov ? g + ::fabs(s.momentum) * e.first : e.first;
       }
       p += ::fabs(s.lr) * step;
+      inside = inside && step <= wide;
       break;
     case Optimizer::rmsprop:
       if (s.centered) e.third += ::fabs(s.rest2) * (g + e.third);
@@ -119,6 +120,16 @@ MLPKIT_HD bool stays_within(const OptimizerSettingsOf<double>& s, Extents& e, do
   if (has_first) inside = inside && e.first <= limit;
   if (s.amsgrad || s.centered) inside = inside && e.third <= limit;
   return inside;
+}
+
+// The same of what torch.optim's operations compute on their way, in whatever order they multiply; after stays_within.
+MLPKIT_HD bool stays_within_torch(const OptimizerSettingsOf<double>& s, const Extents& e, double gradient,
+                                  double wide) {
+  const bool decoupled = s.kind == Optimizer::adamw;
+  const double g = gradient + (decoupled ? 0 : ::fabs(s.weight_decay) * e.p);
+  if (s.kind == Optimizer::sgd) return true;
+  const double divided = s.kind == Optimizer::rmsprop ? g : e.first;
+  return !s.centered && g * g <= wide && divided / s.eps <= wide;
 }
 
 // What the gradients are multiplied by: 1 / scale, and clip / norm where the norm is above clip.

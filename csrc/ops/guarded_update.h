@@ -18,6 +18,7 @@ struct GuardedRow {
   at::Tensor step;  // float32 or float64, one element: steps taken
   int64_t group = 0;
   bool fresh = false;  // where there is no step: whether sgd's momentum buffer is empty
+  std::array<const at::Tensor*, 4> state() const { return {&p, &first, &second, &third}; }
 };
 
 // Whether a tensor lies in memory as these strides say; those of dimensions of size 1 say nothing.
@@ -29,6 +30,11 @@ struct GuardedOptions {
   at::Tensor found;         // float32, one element: not 0 skips the step; 1 after a step that its gradients forbade
   GuardedScale rule{2.0, 0.5, 1.0, 0x1p24, 0};
   bool force = false;  // write whatever comes out
+  // Update by the operations of torch.optim's own optimizers, bit for bit, gradients scaled and clipped in place first;
+  // not with force. A step that no bound shows to stay finite is not taken.
+  bool torch = false;
+  std::vector<uint8_t>
+      fused;  // then, by group: whether by its fused kernels; the rows of such a group are of one dtype
 };
 
 struct GuardedOutcome {
@@ -71,11 +77,15 @@ class GuardedUpdate {
   template <class Work>
   void each_chunk(const Work& work);
   Seen seen(const GuardedRow& row) const;
+  bool begin_together(const std::vector<uint8_t>& active, const std::vector<uint8_t>& fused) const;
   void take_census(Run& run, double shrink);
+  void look(Run& run, const std::vector<uint8_t>& rows);
   bool decide(Run& run);
+  bool bounded(Run& run);
   bool prove(Run& run);
   RangeUpdate range(const Run& run, const Chunk& chunk) const;
   void write(Run& run);
+  void write_as_torch(Run& run);
   void finish(Run& run);
 
   Optimizer kind_;

@@ -15,7 +15,7 @@ from mlpkit.guard import bounds, census
 from mlpkit.guard.census import Finding, Readings, first_bad
 from mlpkit.guard.ranks import Ranks
 from mlpkit.guard.state import Buffers, OptimizerCopy, parameters_of, state_of
-from mlpkit.guard.update import FusedUpdate, why_not
+from mlpkit.guard.update import FusedUpdate, as_torch_now, why_not
 
 Verdict = tuple[str, Finding]
 _MAY_OVERFLOW = 1e12  # squares of larger numbers may sum up past float32's range
@@ -175,11 +175,11 @@ def dense(gradient: Tensor) -> Tensor:
 
 
 def fused_update(optimizer: torch.optim.Optimizer, kept: FusedUpdate | None) -> FusedUpdate | None:
-    """The native update of ``guard.optim``; None for any other optimizer, which keeps its own, bit for bit.
+    """The native update of ``guard.optim``, or of torch's own, bit for bit; None for any other optimizer.
 
     kept: the last step's.
     """
-    if not hasattr(optimizer, "guarded_kind"):
+    if not (hasattr(optimizer, "guarded_kind") or as_torch_now(optimizer)):
         return None
     hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     if hooked or _torch._global_optimizer_pre_hooks or _torch._global_optimizer_post_hooks:

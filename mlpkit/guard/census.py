@@ -30,6 +30,12 @@ class Finding:
     tensors: int
     first_index: int | None = None
 
+    @classmethod
+    def of_number(cls, name: str, number: float, tensors: int = 1) -> Finding:
+        """That one number is NaN, or else stands for Inf."""
+        nan = math.isnan(number)
+        return cls(name, int(nan), int(not nan), (), tensors)
+
     @property
     def kind(self) -> str:
         """``"NaN"`` where there is one, else ``"Inf"``."""

@@ -45,7 +45,7 @@ def check_parts(model: object, optimizer: object, scheduler: object, precision: 
         raise ArgumentError(
             "TrainStep: LBFGS wants a closure and evaluates the model itself; such steps cannot be guarded"
         )
-    device = _check_parameters(model, optimizer, precision)
+    device = check_parameters(model, optimizer, precision)
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ArgumentError("TrainStep: scheduler is ReduceLROnPlateau, which wants a metric; step it yourself")
     if scheduler is not None and not callable(getattr(scheduler, "step", None)):
@@ -55,7 +55,8 @@ def check_parts(model: object, optimizer: object, scheduler: object, precision: 
     return device
 
 
-def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> torch.device:
+def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> torch.device:
+    """Raises unless the optimizer's parameters are the model's, and of a kind that can be trained; their one device."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):

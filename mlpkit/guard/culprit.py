@@ -133,23 +133,16 @@ def make_record(
     batch = evidence.batches[index]
     if where == "loss":
         where, culprit, finding, note = trace_forward(batch, finding)
-    loss = float(batch.loss)
-    return SkipRecord(
+    return SkipRecord.of(
+        finding,
         step=step,
-        culprit=culprit,
         where=where,
-        kind=finding.kind,
-        count=finding.count,
-        nans=finding.nans,
-        infs=finding.infs,
-        shape=finding.shape,
-        tensors=finding.tensors,
-        scale=scale,
-        loss=loss,
-        micro_batch=index,
         parameters=len(parameters_of(evidence.optimizer)),
+        scale=scale,
+        loss=float(batch.loss),
+        micro_batch=index,
+        culprit=culprit,
         note=note,
-        first_index=finding.first_index,
     )
 
 

@@ -13,7 +13,7 @@ from torch.optim import optimizer as _torch
 from mlpkit.guard import census
 from mlpkit.guard.culprit import parameter_names
 from mlpkit.guard.headroom import AbsmaxHistory
-from mlpkit.guard.update import FusedUpdate, why_not
+from mlpkit.guard.update import FusedUpdate, as_torch_now, why_not
 
 
 class DirectUpdate:
@@ -48,6 +48,8 @@ class DirectUpdate:
             if readings.exceeded():
                 return None
         update = self._update or FusedUpdate(optimizer)
+        if update.torch and not as_torch_now(optimizer):
+            return None
         if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
             return None
         own = getattr(optimizer, "clip_norm", None)

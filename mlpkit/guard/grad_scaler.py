@@ -316,22 +316,15 @@ class GradScaler(torch.amp.GradScaler):
         event = announce("skip", step=self.steps)
         saved = len(parameters_of(optimizer))
         announce("step", step=self.steps, skipped=True, culprit=culprit, scale=scale, parameters=saved)
-        return SkipRecord(
+        return SkipRecord.of(
+            finding,
             step=self.steps,
-            culprit=culprit,
             where=where,
-            kind=finding.kind,
-            count=finding.count,
-            nans=finding.nans,
-            infs=finding.infs,
-            shape=finding.shape,
-            tensors=finding.tensors,
+            parameters=saved,
             scale=scale,
             loss=self._worst_loss(),
-            micro_batch=0,
-            parameters=saved,
+            culprit=culprit,
             note=note,
-            first_index=finding.first_index,
             nature=nature,
             absmax=kept.absmax.of(culprit),
             rank=self._ranks.guilty if self._ranks else None,

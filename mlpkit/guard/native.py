@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.optim import optimizer as optimizer_hooks
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from mlpkit._ext import _C
 from mlpkit.guard import bounds
 from mlpkit.guard.losses import LossSpec, describe
+from mlpkit.guard.modes import function_modes, watching_functions
 from mlpkit.guard.watched import Network, Watched, network_of
 from mlpkit.nn import MLP
 from mlpkit.nn._whole import globally_hooked
@@ -101,7 +101,7 @@ class NativeStep:
             self.why_not = entries
             return None
         self._step = self._native(network, spec, entries)
-        if globally_hooked() or torch._C._len_torch_dispatch_stack() or _watching_functions():
+        if globally_hooked() or torch._C._len_torch_dispatch_stack() or watching_functions():
             random = torch.get_rng_state()
             show(inputs, target)
             torch.set_rng_state(random)
@@ -209,17 +209,9 @@ def _not_now(
 def _strangers() -> bool:
     """Whether hooks or modes are in force that are not a tracer's of this package, which asks for no change."""
     hooks = [hook for every in _GLOBAL_HOOKS for hook in every.values()]
-    modes = [type(mode) for mode in (*_get_current_dispatch_mode_stack(), *_function_modes())]
+    modes = [type(mode) for mode in (*_get_current_dispatch_mode_stack(), *function_modes())]
     modules = (getattr(one, "__module__", None) or "" for one in (*hooks, *modes) if one is not DeviceContext)
     return any(not module.startswith("mlpkit.") for module in modules)
-
-
-def _watching_functions() -> bool:
-    return any(type(mode) is not DeviceContext for mode in _function_modes())
-
-
-def _function_modes() -> list[object]:
-    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def _nothing_else(model: MLP, network: Network, optimizer: torch.optim.Optimizer) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import optimizer as _torch
 
 from mlpkit.errors import ArgumentError
+from mlpkit.guard.census import Finding
 from mlpkit.guard.checks import check_settings
 from mlpkit.guard.device import DeviceUpdate, Queued
 from mlpkit.guard.record import SkipRecord
@@ -171,33 +172,18 @@ class _Guarded(torch.optim.Optimizer):
         scale: float,
     ) -> SkipRecord:
         """row: the census of the parameter at fault, if one is."""
-        where, name = "norm", "gradient norm"
-        shape: tuple[int, ...] = ()
-        nans, infs, first = 0, 1, None
+        tensors = max(outcome.rows, 1)
+        where, finding = "norm", Finding("gradient norm", 0, 1, (), tensors)
         note = "The loss scale has no reciprocal." if outcome.reason == Reason.SCALE else ""
         if parameter is not None:
             where = "gradient" if outcome.reason == Reason.GRADIENT else "update"
-            name, shape = self._place(parameter), tuple(parameter.shape)
             nans, infs, first, _, _ = row
+            finding = Finding(self._place(parameter), nans, infs, tuple(parameter.shape), tensors, first)
         elif outcome.reason == Reason.GRADIENT:
-            where, name, note = "gradient", "a parameter", "Found where the gradients were unscaled."
-        return SkipRecord(
-            step=step,
-            culprit=name,
-            where=where,
-            kind="NaN" if nans else "Inf",
-            count=nans + infs,
-            nans=nans,
-            infs=infs,
-            shape=shape,
-            tensors=max(outcome.rows, 1),
-            scale=scale,
-            loss=math.nan,
-            micro_batch=0,
-            parameters=sum(len(group["params"]) for group in self.param_groups),
-            note=note,
-            first_index=first,
-        )
+            where, note = "gradient", "Found where the gradients were unscaled."
+            finding = Finding("a parameter", 0, 1, (), tensors)
+        saved = sum(len(group["params"]) for group in self.param_groups)
+        return SkipRecord.of(finding, step=step, where=where, parameters=saved, scale=scale, note=note)
 
     def _place(self, parameter: Tensor) -> str:
         for index, group in enumerate(self.param_groups):

@@ -18,10 +18,12 @@ from torch.optim import optimizer as _torch
 from mlpkit._events import listened_to
 from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError
+from mlpkit.guard.census import Finding
 from mlpkit.guard.culprit import parameter_names
 from mlpkit.guard.device import DeviceUpdate, Queued
 from mlpkit.guard.policy import Policy
 from mlpkit.guard.record import SkipRecord, Window
+from mlpkit.guard.update import Outcome
 from mlpkit.ops.guarded_update import Reason
 
 if TYPE_CHECKING:
@@ -56,40 +58,29 @@ class QueuedWindow(Window):
         if outcome.taken:
             return None
         loss = float(self._loss)
-        where, culprit = "norm", "gradient norm"
-        shape: tuple[int, ...] = ()
-        nans, infs, first = int(math.isnan(outcome.norm)), int(not math.isnan(outcome.norm)), None
         names = parameter_names(owner.model) if owner else {}
-        if outcome.row >= 0 and outcome.reason in (Reason.GRADIENT, Reason.UPDATE):
-            parameter = queued.parameters[outcome.row]
-            where = "gradient" if outcome.reason == Reason.GRADIENT else "update"
-            culprit, shape = names.get(id(parameter), "a parameter"), tuple(parameter.shape)
-            nans, infs, first = (int(number) for number in queued.census[outcome.row, :3].tolist())
-        if not math.isfinite(loss):
-            where, culprit, shape, first = "loss", "loss", (), None
-            nans, infs = int(math.isnan(loss)), int(not math.isnan(loss))
-        elif outcome.reason == Reason.GRADIENT and outcome.row < 0:
-            where, culprit, nans, infs = "buffer", "a buffer", 0, 1
-        record = SkipRecord(
-            step=self._index,
-            culprit=culprit,
-            where=where,
-            kind="NaN" if nans else "Inf",
-            count=nans + infs,
-            nans=nans,
-            infs=infs,
-            shape=shape,
-            tensors=max(outcome.rows, 1),
-            scale=1.0,
-            loss=loss,
-            micro_batch=0,
-            parameters=len(names),
-            first_index=first,
-        )
+        where, finding = _found(queued, outcome, loss, names)
+        record = SkipRecord.of(finding, step=self._index, where=where, parameters=len(names), loss=loss)
         if owner is not None:
             owner.records.append(record)
             owner.skipped += 1
         return record
+
+
+def _found(queued: Queued, outcome: Outcome, loss: float, names: dict[int, str]) -> tuple[str, Finding]:
+    """(where, finding) of a step that was not taken."""
+    tensors = max(outcome.rows, 1)
+    if not math.isfinite(loss):
+        return "loss", Finding.of_number("loss", loss, tensors)
+    if outcome.row >= 0 and outcome.reason in (Reason.GRADIENT, Reason.UPDATE):
+        parameter = queued.parameters[outcome.row]
+        nans, infs, first = (int(number) for number in queued.census[outcome.row, :3].tolist())
+        name = names.get(id(parameter), "a parameter")
+        where = "gradient" if outcome.reason == Reason.GRADIENT else "update"
+        return where, Finding(name, nans, infs, tuple(parameter.shape), tensors, first)
+    if outcome.reason == Reason.GRADIENT:
+        return "buffer", Finding("a buffer", 0, 1, (), tensors)
+    return "norm", Finding.of_number("gradient norm", outcome.norm, tensors)
 
 
 class QueuedStep:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mlpkit.guard.census import Finding
+
 _WHERE = {
     "inputs": "the inputs hold",
     "target": "the target holds",
@@ -63,6 +65,39 @@ class SkipRecord:
     op: str | None = None
     cause: str | None = None
     action: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        finding: Finding,
+        *,
+        step: int,
+        where: str,
+        parameters: int,
+        scale: float = 1.0,
+        loss: float = math.nan,
+        micro_batch: int = 0,
+        culprit: str | None = None,
+        **known: Any,
+    ) -> SkipRecord:
+        """The record of what was found; culprit: where it is more than the tensor's name. known: further fields."""
+        return cls(
+            step=step,
+            culprit=finding.name if culprit is None else culprit,
+            where=where,
+            kind=finding.kind,
+            count=finding.count,
+            nans=finding.nans,
+            infs=finding.infs,
+            shape=finding.shape,
+            tensors=finding.tensors,
+            scale=scale,
+            loss=loss,
+            micro_batch=micro_batch,
+            parameters=parameters,
+            first_index=finding.first_index,
+            **known,
+        )
 
     @property
     def taken(self) -> bool:

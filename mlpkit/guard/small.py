@@ -18,7 +18,9 @@ from torch import Tensor
 from mlpkit._events import listened_to
 from mlpkit._ext import _C
 from mlpkit.guard import bounds, native
+from mlpkit.guard.census import Finding
 from mlpkit.guard.losses import LOSSES, LossSpec, describe
+from mlpkit.guard.modes import function_modes
 from mlpkit.guard.policy import Policy
 from mlpkit.guard.record import SkipRecord, Window
 from mlpkit.guard.watched import Network, network_of
@@ -57,23 +59,15 @@ class SmallWindow(Window):
 
     def _record(self, loss: float, norm: float, scale: float) -> SkipRecord:
         loss_is_bad = not abs(loss) <= torch.finfo(torch.float32).max
-        worst = loss if loss_is_bad else norm
-        nan = math.isnan(worst)
+        where, culprit, worst = ("loss", "loss", loss) if loss_is_bad else ("norm", "gradient norm", norm)
         owner = self._owner()
-        record = SkipRecord(
+        record = SkipRecord.of(
+            Finding.of_number(culprit, worst),
             step=self._index,
-            culprit="loss" if loss_is_bad else "gradient norm",
-            where="loss" if loss_is_bad else "norm",
-            kind="NaN" if nan else "Inf",
-            count=1,
-            nans=int(nan),
-            infs=int(not nan),
-            shape=(),
-            tensors=1,
+            where=where,
+            parameters=len(list(owner.model.parameters())) if owner else 0,
             scale=scale,
             loss=loss,
-            micro_batch=0,
-            parameters=len(list(owner.model.parameters())) if owner else 0,
             note="" if not math.isfinite(worst) else "A number was too large to vouch for.",
         )
         if owner is not None:
@@ -160,7 +154,7 @@ def _not_now(step: TrainStep, network: Network | None, spec: LossSpec | None, in
     assert isinstance(model, MLP)
     if network is None or native._changed(model) or torch.is_autocast_enabled("cuda"):
         return "a hook, a replaced layer or autocast changes the model"
-    if native._strangers() or listened_to() or native._function_modes() or torch._C._len_torch_dispatch_stack():
+    if native._strangers() or listened_to() or function_modes() or torch._C._len_torch_dispatch_stack():
         return "somebody changes or watches all modules, operations or optimizers"
     if not network.fits() or any(layer.norm or layer.slope is not None for layer in network.layers):
         return "the model has norms or prelu, or layers that do not fit each other"

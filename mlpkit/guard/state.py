@@ -99,6 +99,27 @@ class Buffers:
         self._copies.restore()
 
 
+class Places:
+    """Where a model keeps its modules and parameters, to notice when one of them is replaced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.look()
+
+    def look(self) -> None:
+        """Take them as they are now."""
+        self._entries: list[tuple[dict[str, Any], str, Any]] = [
+            (entries, key, one)
+            for module in self._model.modules()
+            for entries in (module._modules, module._parameters)
+            for key, one in entries.items()
+        ]
+
+    def same(self) -> bool:
+        """Whether every place holds what it held."""
+        return all(entries.get(key) is one for entries, key, one in self._entries)
+
+
 class OptimizerCopy:
     """Parameters, state and settings of an optimizer, copied before an update and put back if the update was bad."""
 

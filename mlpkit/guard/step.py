@@ -29,7 +29,7 @@ from mlpkit.guard.record import SkipRecord, StepResult, Window
 from mlpkit.guard.replay import MicroBatch, call, random_state, set_random_state
 from mlpkit.guard.scale import LossScale, ScaleChange, check_scale, scaled
 from mlpkit.guard.small import SmallStep, SmallWindow
-from mlpkit.guard.state import Buffers, OptimizerCopy, parameters_of, state_of
+from mlpkit.guard.state import Buffers, OptimizerCopy, Places, parameters_of, state_of
 
 
 class TrainStep:
@@ -99,6 +99,7 @@ class TrainStep:
         self.skipped = 0
         self._loss = resolve(loss)
         self._parameters = list(model.parameters())
+        self._places = Places(model)
         self._inner = unwrapped(model)
         self._ranks = Ranks(model)
         self._buffers = Buffers(self._inner)
@@ -212,6 +213,11 @@ class TrainStep:
         if target is None and describe(self._loss):
             raise ArgumentError("TrainStep: no target came; call step(inputs, target), or give loss=None or a callable")
         checks.check_settings(self.optimizer)
+        # What fully_shard puts in a parameter's place comes and goes.
+        if not (self._batches or self._ranks.sharded or self._places.same()):
+            checks.check_parameters(self.model, self.optimizer, self._precision)
+            self._places.look()
+            self._parameters = list(self.model.parameters())
 
     def _show(self, inputs: Any, target: Any) -> None:
         try:

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError, DtypeError
+from mlpkit.guard.modes import watching_functions
 from mlpkit.guard.scale import check_scale
 from mlpkit.ops.guarded_update import Reason, ScaleRule
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_TORCH = {
+# In 16 bits torch rounds by its loops' choice, and its fused sgd leaves what it read past the end of a tensor.
+_AS_TORCH = (torch.float32, torch.float64)
+_TORCH: dict[type, str] = {
     torch.optim.SGD: "sgd",
     torch.optim.Adam: "adam",
     torch.optim.AdamW: "adamw",
@@ -64,10 +67,10 @@ _NOTHING = Outcome(True, int(Reason.TAKEN), 0.0, 1.0, -1, 0)
 
 def why_not(optimizer: Any) -> str | None:
     """Why a TrainStep does not update here; None where it does."""
-    if not hasattr(optimizer, "guarded_kind"):
-        # torch's kernels round in other places, and a guarded step is that of a plain loop bit for bit.
-        return f"{type(optimizer).__name__} is not one of mlpkit.guard.optim"
-    if optimizer.steps_itself():
+    ours = hasattr(optimizer, "guarded_kind")
+    if not ours and type(optimizer) not in _TORCH:
+        return f"{type(optimizer).__name__} is neither mlpkit.guard.optim's nor torch.optim's SGD, Adam(W) or RMSprop"
+    if ours and optimizer.steps_itself():
         return "the optimizer's class has a step of its own"
     own = vars(optimizer).get("step")
     if own is not None and not getattr(own, "_wrapped_by_lr_sched", False):
@@ -81,7 +84,35 @@ def why_not(optimizer: Any) -> str | None:
             gradient = parameter.grad
             if gradient is not None and (gradient.layout != torch.strided or type(gradient) is not Tensor):
                 return "a gradient is not an ordinary dense tensor"
+    return None if ours else _why_not_torch(optimizer)
+
+
+def _why_not_torch(optimizer: Any) -> str | None:
+    for group in optimizer.param_groups:
+        if group.get("centered"):
+            return "a centred variance may be negative"
+        if type(optimizer) is torch.optim.Adam and group.get("decoupled_weight_decay"):
+            return "Adam with decoupled weight decay is AdamW"
+    for group in optimizer.param_groups:
+        dtypes = {parameter.dtype for parameter in group["params"]}
+        if not dtypes <= set(_AS_TORCH) or (group.get("fused") and len(dtypes) > 1):
+            return "a parameter is neither float32 nor float64, or a fused group has parameters of both"
     return None
+
+
+def as_torch_now(optimizer: Any) -> bool:
+    """Whether nothing of this moment asks that a step be made by torch's own optimizer in person."""
+    attributes = vars(optimizer)
+    if attributes.get("grad_scale") is not None or attributes.get("found_inf") is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or watching_functions():
+        return False
+    # A rate that is a tensor takes part in torch's arithmetic as one.
+    return not any(
+        isinstance(number, Tensor)
+        for group in optimizer.param_groups
+        for number in (group["lr"], group["weight_decay"], *group.get("betas", ()))
+    )
 
 
 class FusedUpdate:
@@ -93,10 +124,16 @@ class FusedUpdate:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         # No reference to the optimizer is kept: it holds this object.
-        self.kind: str = getattr(optimizer, "guarded_kind", None) or _TORCH[type(optimizer)]
+        own = getattr(optimizer, "guarded_kind", None)
+        self.kind: str = own or _TORCH[type(optimizer)]
+        self.torch = own is None  # every bit is then that of torch's own step
         self._native: Any = None
         self._last: Any = None  # made the last step
         self.parameters: list[Tensor] = []  # by row: those that have a gradient or state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of another optimizer, and looks at it anew."""
+        return {**self.__dict__, "_native": None, "_last": None, "parameters": []}
 
     @property
     def prepared(self) -> bool:
@@ -158,7 +195,7 @@ class FusedUpdate:
         return found
 
     def _call(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
-        return self._native.step(optimizer.param_groups, optimizer.state, *arguments)
+        return self._native.step(optimizer.param_groups, optimizer.state, *arguments, self.torch)
 
     def _prepare(self, optimizer: torch.optim.Optimizer, created: list[tuple[Tensor, list[str]]]) -> None:
         """Look at everything anew, and make the state that is not there yet; ``created`` gets what was made."""
@@ -175,7 +212,8 @@ class FusedUpdate:
                 if parameter.grad is None and not known:
                     continue
                 _check(optimizer, index, position, parameter)
-                state = optimizer.state[parameter]
+                # torch's SGD without momentum keeps no entry at all.
+                state = optimizer.state[parameter] if any(names) or not self.torch else {}
                 made = _fill(self.kind, group, parameter, state, names)
                 if made:
                     created.append((parameter, made))
@@ -221,6 +259,11 @@ def _fill(
         else:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
         made.append(name)
+    for name in filter(None, names[:3]):
+        # Loaded, or made before the parameter went to another memory format: numbers are paired as they lie in memory.
+        value = state[name]
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            state[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     return made
 
 
