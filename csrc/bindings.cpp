@@ -77,6 +77,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_capability", &mlpkit::cpu::force_capability, py::arg("name"));
   m.def("cuda_kernels", [] { return mlpkit::cuda_kernels_name(mlpkit::cuda_kernels()); });
   m.def("force_cuda_kernels", &mlpkit::force_cuda_kernels, py::arg("name"));
+  m.def("fp32_precision", [] { return mlpkit::fp32_products_name(mlpkit::fp32_products()); });
+  m.def("set_fp32_precision", &mlpkit::set_fp32_products, py::arg("precision"));
   m.def("gemm_library", &mlpkit::gemm_library);
   m.def(
       "philox4x32",

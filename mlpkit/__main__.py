@@ -17,6 +17,13 @@ KERNELS = {
     "guard.optim in two, and census; no device has measured these yet",
 }
 
+# And of MLPKIT_FP32_PRECISION.
+PRODUCTS = {
+    "torch": "on CUDA devices as torch.backends.cuda.matmul.fp32_precision says",
+    "3xtf32": "of layers that fill a CUDA device of compute capability 8.0 or newer by two numbers of tf32 each, with "
+    "MLPKIT_CUDA_KERNELS=all (no device has measured them yet)",
+}
+
 
 def facts() -> dict[str, str]:
     """Build and machine in words; raises BuildError where the extension is missing or was built for another torch."""
@@ -34,6 +41,7 @@ def facts() -> dict[str, str]:
         "cpu products": f"own kernels; float64 by {_C.gemm_library()}; {torch.get_num_threads()} threads",
         "cuda": cuda,
         "cuda kernels": f"{_C.cuda_kernels()} (MLPKIT_CUDA_KERNELS=proven|all): {KERNELS[_C.cuda_kernels()]}",
+        "fp32 products": f"{_C.fp32_precision()} (MLPKIT_FP32_PRECISION=torch|3xtf32): {PRODUCTS[_C.fp32_precision()]}",
         "wide layers": _wide_layers(built.CUDA, built.CUDA_WIDE_MISSING, built.CUTLASS),
         "cuda device": _device(built.CUDA),
     }

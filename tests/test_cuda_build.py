@@ -44,6 +44,7 @@ REGISTERS = {
     "13number_chunksE": 128,
     "6updateI.*ELb1E": 80,
     "6updateI.*ELb0E": 128,
+    "14multiply_splitI": 168,
 }
 # Formulas that say themselves what is contracted, bit for bit as on the CPU; cmake/cuda.cmake has the same.
 FLAGS = {"guarded_census": ["-fmad=false"], "guarded_update": ["-fmad=false"]}
@@ -60,13 +61,14 @@ INSTRUCTIONS = {
         *(r"\bHMMA\.16816\.F32", r"\bLDSM\.16\.M88\.4", r"\bLDSM\.16\.MT88\.4"),
         *(WIDE_LOAD, WIDE_STORE, WIDE_COPY, r"\bSTS\.128"),
     ],
+    "14multiply_splitI": [r"\bHMMA\.1688\.F32\.TF32", WIDE_COPY, r"\bSTG\.E\.64"],
     "9add_partsE": [WIDE_LOAD],
     "13update_or_notE": [WIDE_LOAD, WIDE_STORE],
     "6censusE": [WIDE_LOAD, r"\bDFMA\b", r"\b(REDG?|ATOMG?)\.E(\.\w+)*\.MAX\b"],
     "6updateI": [WIDE_LOAD, WIDE_STORE],
     "5countENS0_10CensusArgs": [WIDE_LOAD, r"\bATOMG?\.E(\.\w+)*\.MAX\b|\bREDG?\.E(\.\w+)*\.MAX\b"],
 }
-TENSOR_CORES = ("12stream_tilesI", "11multiply_dzI", "9pass_rowsI")
+TENSOR_CORES = ("12stream_tilesI", "11multiply_dzI", "9pass_rowsI", "14multiply_splitI")
 
 # Kernels of CUTLASS, which test_wide_build.py looks at.
 OF_CUTLASS = "cutlass"

@@ -1,5 +1,5 @@
-// Which CUDA kernels the ops may take: one switch for all of them, visible and forceable (ops). It exists in builds
-// without CUDA too, where nothing asks for it.
+// Which CUDA kernels the ops may take: two switches for all of them, visible and forceable (ops). They exist in builds
+// without CUDA too, where nothing asks for them.
 #pragma once
 #include <string>
 
@@ -15,5 +15,14 @@ CudaKernels cuda_kernels();
 const char* cuda_kernels_name(CudaKernels);
 // Throws std::invalid_argument when the name is unknown.
 void force_cuda_kernels(const std::string& name);
+
+// How layers multiply matrices of float32. torch: by torch's own products, so as
+// torch.backends.cuda.matmul.fp32_precision says. split: by cuda/split_product.h where that can and pays.
+enum class Fp32Products : int { torch, split };
+
+// torch, unless MLPKIT_FP32_PRECISION or set_fp32_products says otherwise; throws as above. split is called "3xtf32".
+Fp32Products fp32_products();
+const char* fp32_products_name(Fp32Products);
+void set_fp32_products(const std::string& name);
 
 }  // namespace mlpkit

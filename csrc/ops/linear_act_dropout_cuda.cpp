@@ -19,6 +19,7 @@
 
 #include "ops/linear_act_dropout_cuda.h"
 #include "ops/linear_act_dropout_wide.h"
+#include "ops/split_product.h"
 
 namespace mlpkit {
 namespace {
@@ -35,11 +36,11 @@ int64_t panel_rows(const LinearActDropout& op, bool in_place) {
 }
 
 // to = x W^T, in the compute type
-void multiply(const at::Tensor& x, const at::Tensor& weight, at::Tensor to) {
+void multiply_by_weight(const at::Tensor& x, const at::Tensor& weight, at::Tensor to) {
   if (x.size(1) == 0)
     to.zero_();
   else if (to.scalar_type() == x.scalar_type())
-    at::mm_out(to, x, weight.t());
+    multiply_out(to, x, weight.t());
   else
     at::mm_out(to, x, weight.t(), to.scalar_type());
 }
@@ -53,7 +54,8 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
   const std::vector<int64_t> sizes = output_sizes(x, op.cols);
   const at::Tensor none = at::empty({0}, x.options());
   at::Tensor bits = at::empty({save ? op.bits_bytes() : 0}, x.options().dtype(at::kByte));
-  if (changes_nothing(op)) {  // the library adds the bias before it rounds
+  if (changes_nothing(op) && !takes_split_product(inputs, weight.t())) {
+    // the library adds the bias before it rounds
     const at::Tensor y = bias ? at::addmm(*bias, inputs, weight.t()) : at::mm(inputs, weight.t());
     return {y.view(sizes), none, bits};
   }
@@ -93,7 +95,7 @@ ForwardResult forward(const at::Tensor& x, const at::Tensor& weight, const Optio
   for (int64_t row = 0; row < op.rows; row += panel) {
     args.rows = std::min(panel, op.rows - row);
     args.first_tile = row / kMaskTile * col_tiles;
-    multiply(inputs.narrow(0, row, args.rows), weight, products.narrow(0, 0, args.rows));
+    multiply_by_weight(inputs.narrow(0, row, args.rows), weight, products.narrow(0, 0, args.rows));
     args.product = products.const_data_ptr();
     args.y = outputs.narrow(0, row, args.rows).mutable_data_ptr();
     args.z = z.numel() ? z.view({op.rows, op.cols}).narrow(0, row, args.rows).mutable_data_ptr() : nullptr;
@@ -147,8 +149,8 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
     C10_CUDA_CHECK(cuda::act_dropout_backward(args, call.stream()));
   }
 
-  at::Tensor dx = needs[0] ? at::mm(dz, weight).view(x.sizes()) : none;
-  at::Tensor dweight = needs[1] ? at::mm(dz.t(), x.reshape({op.rows, op.depth})) : none;
+  at::Tensor dx = needs[0] ? multiply(dz, weight).view(x.sizes()) : none;
+  at::Tensor dweight = needs[1] ? multiply(dz.t(), x.reshape({op.rows, op.depth})) : none;
   return {dx, dweight, dbias, dslope};
 }
 

@@ -33,8 +33,15 @@ void take_tf32(const uint32_t* words, int lane, Product& to) {
   for (int i = 0; i < 2; ++i) to.b[column + i * 4][group] = number(words[4 + i]);
 }
 
+float to_nearest(double sum) { return static_cast<float>(sum); }
+// How tensor cores end their sums; told of tf32 alone, where a kernel answers to fp32.
+float cut_off(double sum) {
+  const float nearest = static_cast<float>(sum);
+  return std::abs(static_cast<double>(nearest)) > std::abs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // D = A B + C, rounded once; every lane's part of D takes the place of what it gave.
-void finish(Given& given, int depth, void (*take)(const uint32_t*, int, Product&)) {
+void finish(Given& given, int depth, void (*take)(const uint32_t*, int, Product&), float (*round)(double)) {
   Product product;
   for (int lane = 0; lane < kWarp; ++lane) take(given[lane], lane, product);
   for (int lane = 0; lane < kWarp; ++lane)
@@ -42,7 +49,7 @@ void finish(Given& given, int depth, void (*take)(const uint32_t*, int, Product&
       const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
       double sum = math::bits_as<float>(given[lane][6 + i]);
       for (int k = 0; k < depth; ++k) sum += product.a[row][k] * product.b[k][col];
-      given[lane][10 + i] = math::bits_as<uint32_t>(static_cast<float>(sum));
+      given[lane][10 + i] = math::bits_as<uint32_t>(round(sum));
     }
 }
 
@@ -70,9 +77,9 @@ void matrix_product(Format format, float (&d)[4], const uint32_t (&a)[4], const 
   static constexpr struct {
     const char* name;
     void (*finish)(Given&);
-  } kFormats[] = {{"mma of bfloat16", [](Given& given) { finish(given, 16, take_pairs<BFloat16>); }},
-                  {"mma of float16", [](Given& given) { finish(given, 16, take_pairs<Half>); }},
-                  {"mma of tf32", [](Given& given) { finish(given, 8, take_tf32); }}};
+  } kFormats[] = {{"mma of bfloat16", [](Given& given) { finish(given, 16, take_pairs<BFloat16>, to_nearest); }},
+                  {"mma of float16", [](Given& given) { finish(given, 16, take_pairs<Half>, to_nearest); }},
+                  {"mma of tf32", [](Given& given) { finish(given, 8, take_tf32, cut_off); }}};
   const auto& by = kFormats[static_cast<int>(format)];
   uint32_t words[10];
   memcpy(words, a, sizeof(a));
