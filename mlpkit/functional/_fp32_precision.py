@@ -36,4 +36,4 @@ def set_fp32_precision(precision: str) -> None:
 
 def get_fp32_precision() -> str:
     """``"torch"`` or ``"3xtf32"``: what :func:`set_fp32_precision` or the environment chose."""
-    return _C.fp32_precision()
+    return str(_C.fp32_precision())
