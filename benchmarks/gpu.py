@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import gpu_rivals
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -206,6 +207,28 @@ def rivals(problem: Problem, compiles: bool, skipped: list[str]) -> dict[str, Ca
             skip(skipped, f"{name} on {problem.case.facts()}: {str(error).splitlines()[0]}")
         else:
             calls[name] = compiled
+    return calls | fused_rivals(problem, skipped)
+
+
+def fused_rivals(problem: Problem, skipped: list[str]) -> dict[str, Callable[[], object]]:
+    """Linear by each installed library, activation and dropout by PyTorch."""
+    calls: dict[str, Callable[[], object]] = {}
+    case = problem.case
+    _, depth, cols = case.shape
+
+    def build(name: str) -> None:
+        linear = gpu_rivals.LAYERS[name](depth, cols, DTYPES[case.dtype])
+        step = problem.step(lambda x, _, __: F.dropout(ACTIVATIONS[case.activation](linear(x)), case.p))
+
+        def call() -> None:
+            step()
+            linear.zero_grad(set_to_none=True)
+
+        call()
+        calls[name] = call
+
+    for name in gpu_rivals.LAYERS:
+        gpu_rivals.tried(name, lambda name=name: build(name), lambda why: skip(skipped, f"{why} ({case.facts()})"))
     return calls
 
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import gpu_rivals
 import torch
 from gpu import BROKEN, arguments, environment, measure, obstacle, skip, summarise
 from torch import Tensor, nn
@@ -146,6 +147,32 @@ def compiled(network: Network, skipped: list[str]) -> Callable[[], object] | Non
     return lambda: network.eager_step(loss)
 
 
+def fused_rivals(network: Network, skipped: list[str]) -> tuple[dict[str, Callable[[], object]], ...]:
+    """Inference and training step of the same widths by each installed library."""
+    inferences: dict[str, Callable[[], object]] = {}
+    steps: dict[str, Callable[[], object]] = {}
+
+    def build(name: str) -> None:
+        rival = gpu_rivals.NETWORKS[name](STREAM_WIDTHS)
+        optimizer = torch.optim.Adam(rival.parameters(), lr=1e-3, fused=True, capturable=True)
+
+        def infer() -> object:
+            with torch.no_grad():
+                return rival(network.half_x)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            F.mse_loss(rival(network.x).float(), network.target).backward()
+            optimizer.step()
+
+        infer(), step()
+        inferences[name], steps[name] = infer, step
+
+    for name in gpu_rivals.NETWORKS:
+        gpu_rivals.tried(name, lambda name=name: build(name), lambda why: skip(skipped, why))
+    return inferences, steps
+
+
 def main() -> int:
     options = arguments()
     reason = obstacle()
@@ -170,8 +197,9 @@ def main() -> int:
         if fault:
             print(f"WRONG: {[layer.weight.shape for layer in network.layers]}: {fault}", flush=True)
             broken = True
-    add("inference", {"mlpkit": wide.infer, "eager": wide.eager_infer}, STREAM_ROWS, widths=STREAM_WIDTHS)
-    add("training", {"mlpkit": wide.step, "eager": wide.eager_step}, STREAM_ROWS, widths=STREAM_WIDTHS)
+    infer, train = fused_rivals(wide, skipped)
+    add("inference", {"mlpkit": wide.infer, "eager": wide.eager_infer, **infer}, STREAM_ROWS, widths=STREAM_WIDTHS)
+    add("training", {"mlpkit": wide.step, "eager": wide.eager_step, **train}, STREAM_ROWS, widths=STREAM_WIDTHS)
     del wide
     small = Network(STEP_WIDTHS, STEP_ROWS, STEP_P, classes=True)
     calls: dict[str, Callable[[], object]] = {"mlpkit": small.step, "eager": small.eager_step}
