@@ -208,7 +208,7 @@ def test_report_page_works_offline_and_shows_verdicts_and_sections(classes):
         for key in ("src", "href"):
             value = attributes.get(key)
             assert value is None or value.startswith(("#", "data:")), (name, key, value)
-    assert len([item for item in page.find("div") if item.get("role") == "img" and item.get("aria-label")]) == 5
+    assert len([item for item in page.find("div") if item.get("role") == "img" and item.get("aria-label")]) == 6
 
 
 def test_figures_are_lawful_plotly(classes):

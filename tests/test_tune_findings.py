@@ -11,14 +11,16 @@ from tune_fakes import searching
 
 from mlpkit.tune import findings
 from mlpkit.tune.columns import single_columns
+from mlpkit.tune.final import estimate
+from mlpkit.tune.fit_verdict import curve, fit
 from mlpkit.tune.folds import make_folds
 from mlpkit.tune.honest import corrected
 from mlpkit.tune.importance import importance
-from mlpkit.tune.ladder import from_trials
+from mlpkit.tune.ladder import Trial, from_trials
 from mlpkit.tune.problem import read_problem
-from mlpkit.tune.search import estimate
 from mlpkit.tune.space import Space
 from mlpkit.tune.strategies import in_batches, sobol
+from mlpkit.tune.trainer import Outcome
 
 
 def searched(monkeypatch, quality, space, count=96, noise=0.004, **fake):
@@ -110,10 +112,10 @@ def test_a_column_that_knows_the_target_is_suspected_and_an_honest_one_is_not(ta
     frame = pd.DataFrame(rng.normal(size=(400, 3)), columns=list("abc"))
     y = (frame["a"] + rng.normal(size=400)) if task == "regression" else (frame["a"] > rng.normal(size=400)) * 1
     folds = make_folds(np.asarray(y), 5, 0, stratify=task == "classification")
-    honest = single_columns(read_problem(frame, y, task, 5), folds[0])
+    honest = single_columns(read_problem(frame, y, task, 5), folds[:1])
     assert findings.leakage(honest, "score") is None
     frame["copy"] = y * 3 + 1
-    leaky = findings.leakage(single_columns(read_problem(frame, y, task, 5), folds[0]), "score")
+    leaky = findings.leakage(single_columns(read_problem(frame, y, task, 5), folds[:1]), "score")
     assert (leaky.value, leaky.tone) == ("suspected", "bad")
     assert "'copy'" in leaky.text
 
@@ -193,3 +195,50 @@ def test_importance_names_what_matters_and_its_interval(monkeypatch):
     assert found["lr"].low > 0.0
     assert found["lr"].value > 5 * abs(found["batch_size"].value)
     assert found["batch_size"].low < 0.1
+
+
+# The fit
+
+
+def outcomes_of(scores, losses, stopped="patience", train=None):
+    best = int(np.argmin(losses))
+    return [Outcome(score, train or score, best, stopped, 0.0, losses, losses) for score in scores]
+
+
+def fitted(losses, *, stopped="patience", halved=(), train=None):
+    high = [0.90, 0.91, 0.89, 0.90, 0.90]
+    linear = Trial((), 5, outcomes_of([0.6] * 5, [1.0, 0.9, 0.9]), "complete")
+    deep = Trial((16,), 50, outcomes_of(high, losses, stopped, train), "complete", {"layers": 1})
+    deep.halved = outcomes_of(halved, losses) if len(halved) else []
+    return fit(from_trials([linear, deep]), "accuracy", 0.5)
+
+
+FLAT = [1.0, 0.5, 0.4, 0.4, 0.4, 0.4]
+
+
+def test_half_of_the_rows_tell_whether_more_would_help():
+    verdict = fitted(FLAT, halved=[0.80, 0.82, 0.79, 0.81, 0.80])
+    assert (verdict.value, verdict.tone) == ("data-limited", "notice")
+    assert verdict.numbers["gain_of_rows"] == pytest.approx(0.096)
+    assert fitted(FLAT, halved=[0.90, 0.905, 0.89, 0.90, 0.90]).value == "fine"
+    assert fitted(FLAT).value == "fine"
+
+
+def test_a_loss_that_still_falls_at_the_last_epoch_is_called_underfit():
+    falling = [1.0 - 0.1 * epoch for epoch in range(9)]
+    verdict = fitted(falling, stopped="epochs")
+    assert verdict.value == "underfit"
+    assert "at the last of 9 epochs" in verdict.text
+    assert fitted(falling, stopped="patience").value == "fine"
+    assert fitted([1.0, 0.4, *[0.4 - 1e-4 * epoch for epoch in range(20)]], stopped="epochs").value == "fine"
+
+
+@pytest.mark.parametrize(
+    ("losses", "stopped", "words"),
+    [
+        (FLAT, "patience", "levels off"),
+        ([1.0, 0.8, 0.6, 0.4, 0.2], "epochs", "still falling"),
+    ],
+)
+def test_each_learning_curve_is_told_in_words(losses, stopped, words):
+    assert words in curve(Trial((16,), 5, outcomes_of([0.9] * 5, losses, stopped), "complete"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from mlpkit.errors import ArgumentError, DataError
-from mlpkit.tune import read_csv
+from mlpkit.errors import ArgumentError, DataError, MissingExtraError
+from mlpkit.tune import read_csv, read_table
 from mlpkit.tune.problem import read_problem, target_scale
 from mlpkit.tune.table import clean, fingerprint, learn_columns, take_target, to_frame
 from mlpkit.tune.target import learn_target
@@ -265,3 +267,41 @@ def test_rare_class_beside_two_common_ones_is_kept_with_a_note():
     problem = problem_of(frame_with(y=["a", "b"] * 19 + ["c", "c"]))
     assert problem.target.classes == ("a", "b", "c")
     assert "class 'c' has only 2 rows" in problem.notes
+
+
+# Parquet
+
+
+def test_a_parquet_file_is_the_same_table_as_its_csv(tmp_path):
+    frame = pd.DataFrame({"a": [1.5, None, 3.0], "kind": ["x", None, "z"], "n": [1, 2, 3]})
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    one, other = read_table(tmp_path / "t.parquet"), read_table(tmp_path / "t.csv")
+    columns, _ = learn_columns(one)
+    assert columns == learn_columns(other)[0]
+    for name, values in clean(one, columns).items():
+        assert [str(value) for value in values] == [str(value) for value in clean(other, columns)[name]]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "no such file"), (b"", "is no Parquet file"), (b"PAR1" + b"\0" * 40 + b"PAR1", "is no Parquet file")],
+)
+def test_a_file_that_is_no_parquet_is_one_sentence(tmp_path, content, words):
+    path = tmp_path / "t.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=words) as error:
+        read_table(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_parquet_file_without_rows_or_without_pyarrow_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "t.parquet"
+    pd.DataFrame({"a": pd.Series([], dtype=float)}).to_parquet(path)
+    with pytest.raises(DataError, match="no rows"):
+        read_table(path)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match="a Parquet file needs pyarrow"):
+        read_table(path)

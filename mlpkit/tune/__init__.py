@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from mlpkit.tune.run import Run
     from mlpkit.tune.search import tune
     from mlpkit.tune.space import Space
-    from mlpkit.tune.table import read_csv
+    from mlpkit.tune.table import read_csv, read_table
 
-__all__ = ["Choice", "Range", "Run", "Space", "TunedModel", "read_csv", "tune"]
+__all__ = ["Choice", "Range", "Run", "Space", "TunedModel", "read_csv", "read_table", "tune"]
 
 # On first use, so that importing the package loads neither torch's optimizers nor a table library.
 _HOMES = {
@@ -23,6 +23,7 @@ _HOMES = {
     "Space": "space",
     "TunedModel": "model",
     "read_csv": "table",
+    "read_table": "table",
     "tune": "search",
 }
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 @click.option("--time", default=None, metavar="NAME", help="Column to order by: tested is what comes later.")
 @click.option("--test", type=click.Path(path_type=Path), default=None, help="Table to score once, at the end.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with a run that was killed.")
+@click.option("--storage", default=None, metavar="URL", help="Share the search: postgresql://..., or a journal file.")
+@click.option("--study", default=None, metavar="NAME", help="Name of the shared search in --storage.")
 @click.option("--cv", type=int, default=5, show_default=True, metavar="FOLDS", help="Number of folds.")
 @click.option("--seed", type=int, default=None, help="Whole number that makes the run repeatable [default: drawn].")
 @click.option("--categorical", multiple=True, metavar="NAME", help="Treat a column of numbers as categories.")
@@ -50,6 +52,8 @@ def tune(
     time: str | None,
     test: Path | None,
     resume: bool,
+    storage: str | None,
+    study: str | None,
     cv: int,
     seed: int | None,
     categorical: tuple[str, ...],
@@ -58,22 +62,25 @@ def tune(
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    """Find the simplest MLP that predicts a column of TABLE (a CSV file) and write a run directory."""
+    """Find the simplest MLP that predicts a column of TABLE (a CSV or Parquet file) and write a run directory."""
     from mlpkit.tune.search import tune as search
+    from mlpkit.tune.shared import hidden
     from mlpkit.tune.space import Space
-    from mlpkit.tune.table import read_csv, take_target
+    from mlpkit.tune.table import read_table, take_target
 
     directory = rundir.check(out, overwrite) if out is not None else rundir.free_name(table.stem)
     run = search(
-        read_csv(table),
+        read_table(table),
         target,
         strategy=strategy,
         budget=budget,
         space=None if space is None else Space.from_yaml(space),
         groups=groups,
         time=time,
-        test=None if test is None else take_target(read_csv(test), target),
+        test=None if test is None else take_target(read_table(test), target),
         resume=resume,
+        storage=storage,
+        study=study,
         cv=cv,
         random_state=seed,
         out=directory,
@@ -82,7 +89,7 @@ def tune(
         ignore=ignore,
         overwrite=overwrite,
         progress=False if quiet else None,
-        command=shlex.join(["mlpkit", *sys.argv[1:]]),
+        command=hidden(shlex.join(["mlpkit", *sys.argv[1:]])),
     )
     click.echo(_summary(run, directory))
 
@@ -99,12 +106,12 @@ def predict(run: Path, table: Path, out: Path | None, identifier: str | None, un
     """Predict every row of TABLE with the model in the directory RUN; classes come with probabilities."""
     from mlpkit.report import write_whole
     from mlpkit.tune.model import TunedModel
-    from mlpkit.tune.table import read_csv, take_target
+    from mlpkit.tune.table import read_table, take_target
 
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         reason = "is a directory" if out.is_dir() else "lies in a directory that does not exist"
         raise ArgumentError(f"out: {out} {reason}")
-    frame = read_csv(table)
+    frame = read_table(table)
     model = TunedModel.load(run)
     predicted = model.table(frame)
     if uncertainty:

@@ -19,7 +19,8 @@ def auto(search: Search) -> None:
     """Ladder; learning-rate range of its winner; quasi-random over architecture, lr and regularisation; finer; TPE.
 
     Each stage starts only if the one before left something to gain: a table that the linear model fits as well as all
-    networks of the ladder and of the first quasi-random round is done. Finalists are trained again on other folds.
+    networks of the ladder and of the first quasi-random round is done. Finalists are trained again on other folds,
+    and the winner on half of the rows.
     """
     climb_with(search)
     _lr_range(search)
@@ -32,6 +33,7 @@ def auto(search: Search) -> None:
         start += in_batches(search, sobol(finer, names, [search.seed, 17]), "finer", BATCH)
         bayes(search, 2 * BATCH, _important(search, names))
     finalists(search)
+    search.halve(from_trials(search.trials).winner)
 
 
 def finalists(search: Search) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,25 +15,25 @@ _BINS = 64
 _MOST_COLUMNS = 500
 
 
-def single_columns(problem: Problem, fold: Fold) -> list[tuple[str, float]]:
-    """(name, accuracy or R2 on the fold's test rows) of a table look-up learnt from its training rows, per column.
+def single_columns(problem: Problem, folds: Sequence[Fold]) -> list[tuple[str, float]]:
+    """(name, accuracy or R2) of a table look-up by each column alone: learnt from training rows, mean over test parts.
 
     Numbers are cut at 64 quantiles, categories taken as they are; a cell never seen gives the overall guess.
     """
-    learn = np.concatenate([fold.train, fold.validation])
-    target = problem.target.values
     found = []
     for column in list(problem.columns)[:_MOST_COLUMNS]:
-        cells = _cells(problem.data[column.name], column.kind == "numeric", learn)
-        guess = _class_guess if problem.target.task == "classification" else _number_guess
-        predicted = guess(cells, target, learn)[fold.test]
-        truth = target[fold.test]
-        if problem.target.task == "classification":
-            score = float(np.mean(predicted == truth))
-        else:
-            score = 1.0 - float(np.mean((predicted - truth) ** 2)) / (float(np.var(truth)) or 1.0)
-        found.append((column.name, score))
+        scores = [_score(problem, problem.data[column.name], column.kind == "numeric", fold) for fold in folds]
+        found.append((column.name, float(np.mean(scores))))
     return found
+
+
+def _score(problem: Problem, values: npt.NDArray[Any], numeric: bool, fold: Fold) -> float:
+    learn, target = np.concatenate([fold.train, fold.validation]), problem.target.values
+    cells, truth = _cells(values, numeric, learn), target[fold.test]
+    if problem.target.task == "classification":
+        return float(np.mean(_class_guess(cells, target, learn)[fold.test] == truth))
+    predicted = _number_guess(cells, target, learn)[fold.test]
+    return 1.0 - float(np.mean((predicted - truth) ** 2)) / (float(np.var(truth)) or 1.0)
 
 
 def _cells(values: npt.NDArray[Any], numeric: bool, learn: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -16,7 +16,7 @@ from mlpkit.tune import progress as speak
 from mlpkit.tune import trainer
 from mlpkit.tune.budget import Clock
 from mlpkit.tune.folds import Fold
-from mlpkit.tune.journal import Journal
+from mlpkit.tune.journal import Journal, Work
 from mlpkit.tune.ladder import State, Trial
 from mlpkit.tune.problem import Problem, encode_fold
 from mlpkit.tune.rows import row_scores
@@ -120,6 +120,16 @@ class Search:
                 return
             trial.repeats += outcomes
 
+    def halve(self, trial: Trial) -> None:
+        """Train a finished trial on every second training row of its folds: would more rows help?"""
+        spec, encoding = self.spec(trial.params)
+        if trial.halved or self.clock.now() + self._typical() > self._deadline():
+            return
+        data = [replace(fold, train=_every_second(fold.train)) for fold in self._data(encoding)]
+        outcomes = self._call([spec], encoding, data, 0, "half")[0]
+        if _state(outcomes, len(self.folds)) == "complete":
+            trial.halved = outcomes
+
     def _linear(self) -> Trial:
         trial = self._trial(self.complete({"layers": 0}), "linear")
         spec, encoding = self.spec(trial.params)
@@ -161,25 +171,37 @@ class Search:
         self, specs: Sequence[Spec], encoding: Encoding, data: Sequence[trainer.FoldData], first: int, mark: str,
         deadline: float | None = None, keep: bool = False,
     ) -> list[list[trainer.Outcome]]:  # fmt: skip
-        """The door to training, with the journal before it."""
-        results: list[list[trainer.Outcome] | None] = []
-        for spec in specs:
-            known = self.journal.find(spec, encoding, mark, first)
-            self.clock.credit += sum(outcome.seconds for outcome in known or [])
-            results.append(known)
-        missing = [number for number, known in enumerate(results) if known is None]
-        if missing:
+        """The door to training, with the journal before it: who else is at work there trains a part of it."""
+        limit = self._deadline() if deadline is None else deadline
+        work = [(spec, encoding, mark, first) for spec in specs]
+        results: dict[int, list[trainer.Outcome]] = {}
+        while True:
+            results |= {
+                at: known for at in range(len(specs)) if at not in results and (known := self._recall(work[at]))
+            }
+            missing = [at for at in range(len(specs)) if at not in results]
+            if not missing or (not keep and self.clock.now() > limit and results):
+                break
+            taken = [missing[at] for at in self.journal.take([work[at] for at in missing])]
+            if not taken:
+                self.journal.wait()
+                continue
             trained = trainer.train_members(
-                [specs[number] for number in missing], data, self.out_features,
-                deadline=self._deadline() if deadline is None else deadline, keep_at_deadline=keep,
+                [specs[at] for at in taken], data, self.out_features, deadline=limit, keep_at_deadline=keep,
                 on_fold=lambda _spec, _fold, outcome: self.say.fold(outcome), first_fold=first, clock=self.clock.now,
             )  # fmt: skip
-            for number, outcomes in zip(missing, trained):
+            for at, outcomes in zip(taken, trained):
                 if encoding.log_target:
                     self._rescore(outcomes, encoding, first)
-                results[number] = outcomes
-                self.journal.add(specs[number], encoding, mark, first, outcomes)
-        return [outcomes or [] for outcomes in results]
+                results[at] = outcomes
+                self.journal.add(work[at], outcomes)
+        return [results.get(at, []) for at in range(len(specs))]
+
+    def _recall(self, work: Work) -> list[trainer.Outcome] | None:
+        known = self.journal.find(work)
+        if known is not None and self.journal.credits:
+            self.clock.credit += sum(outcome.seconds for outcome in known)
+        return known
 
     def _rescore(self, outcomes: Sequence[trainer.Outcome], encoding: Encoding, first: int) -> None:
         """The trainer's R2 is that of the logarithm; candidates are compared in the target's own units."""
@@ -257,6 +279,11 @@ class Search:
 
     def _key(self, params: Params) -> str:
         return repr(self.spec(params))
+
+
+def _every_second(rows: trainer.Split) -> trainer.Split:
+    weight = None if rows.weight is None else rows.weight[::2] / rows.weight[::2].mean()
+    return trainer.Split(rows.x[::2], rows.y[::2], weight)
 
 
 def make_spec(hidden: tuple[int, ...], rows: int, seed: int) -> Spec:

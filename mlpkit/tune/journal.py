@@ -20,6 +20,7 @@ from mlpkit.tune.spec import Spec
 from mlpkit.tune.trainer import Outcome
 
 _LARGEST_OUTPUT = 200_000  # Test outputs of more numbers than this are not kept.
+Work = tuple[Spec, Encoding, str, int]  # what is trained; a mark, and the first fold: on what
 
 
 class Journal:
@@ -32,6 +33,7 @@ class Journal:
     def __init__(self, path: Path | None = None, header: dict[str, Any] | None = None) -> None:
         self.path = path
         self.resumed = 0
+        self.credits = True  # What is found here was trained at the expense of this search.
         self._known: dict[str, list[dict[str, Any]]] = {}
         if path is None:
             return
@@ -42,18 +44,28 @@ class Journal:
             else:
                 _append(path, {"header": header or {}})
 
-    def find(self, spec: Spec, encoding: Encoding, mark: str, first: int) -> list[Outcome] | None:
+    def find(self, work: Work) -> list[Outcome] | None:
         """What training the spec on these folds gave, or None if it must be trained."""
-        found = self._known.get(_key(spec, encoding, mark, first))
-        return None if found is None else [_outcome(item) for item in found]
+        found = self._known.get(key_of(*work))
+        return None if found is None else [outcome_of(item) for item in found]
 
-    def add(self, spec: Spec, encoding: Encoding, mark: str, first: int, outcomes: Sequence[Outcome]) -> None:
+    def take(self, wanted: Sequence[Work]) -> list[int]:
+        """Numbers of the pieces of work that this process is to train now: all of them."""
+        return list(range(len(wanted)))
+
+    def wait(self) -> None:
+        """Nobody else is at work."""
+
+    def add(self, work: Work, outcomes: Sequence[Outcome]) -> None:
         """Write down finished folds; what the clock cut is not: it will be trained in full."""
         if self.path is None or not outcomes or any(item.stopped in ("clock", "not started") for item in outcomes):
             return
-        plain = [_plain(outcome) for outcome in outcomes]
+        plain = [plain_of(outcome) for outcome in outcomes]
         with writing(self.path):
-            _append(self.path, {"key": _key(spec, encoding, mark, first), "outcomes": plain})
+            _append(self.path, {"key": key_of(*work), "outcomes": plain})
+
+    def close(self) -> None:
+        """The search is over."""
 
     def _read(self, path: Path, header: dict[str, Any]) -> None:
         text = path.read_bytes()
@@ -90,11 +102,13 @@ def _append(path: Path, item: dict[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
-def _key(spec: Spec, encoding: Encoding, mark: str, first: int) -> str:
+def key_of(spec: Spec, encoding: Encoding, mark: str, first: int) -> str:
+    """A name for a piece of work: what is trained, and on which folds."""
     return hashlib.sha256(repr((spec, encoding, mark, first)).encode()).hexdigest()[:32]
 
 
-def _plain(outcome: Outcome) -> dict[str, Any]:
+def plain_of(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as JSON holds it, with its outputs unless they are many."""
     plain: dict[str, Any] = {**outcome.to_dict(), "output": None}
     if outcome.output is not None and outcome.output.numel() <= _LARGEST_OUTPUT:
         values = np.ascontiguousarray(outcome.output.numpy(), dtype="<f4")
@@ -102,7 +116,8 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
     return plain
 
 
-def _outcome(item: dict[str, Any]) -> Outcome:
+def outcome_of(item: dict[str, Any]) -> Outcome:
+    """The inverse of ``plain_of``."""
     item = dict(item)
     output = item.pop("output")
     outcome = Outcome(**item)

@@ -23,7 +23,8 @@ class Trial:
     """One candidate with its outcome on every fold. ``parameters``: weights and biases of the network.
 
     params: what the search chose, by name. stage: which part of the strategy proposed it. reason: why it stopped.
-    repeats: outcomes on other folds with other seeds, for finalists. number: counts the candidates of a search.
+    repeats: outcomes on other folds with other seeds, for finalists. halved: outcomes on the same folds with half
+    of the training rows, for the winner. number: counts the candidates of a search.
     """
 
     hidden: Hidden
@@ -34,6 +35,7 @@ class Trial:
     stage: str = ""
     reason: str = ""
     repeats: list[Outcome] = field(default_factory=list)
+    halved: list[Outcome] = field(default_factory=list)
     number: int = 0
 
     @property

@@ -9,6 +9,7 @@ from mlpkit.tune import plots, search_plots, trust_plots
 from mlpkit.tune.findings import Tone
 from mlpkit.tune.importance import importance
 from mlpkit.tune.ladder import Trial
+from mlpkit.tune.plain import versions
 from mlpkit.tune.space import Space
 
 if TYPE_CHECKING:
@@ -34,13 +35,15 @@ def render(run: Run) -> str:
                 "Leaderboard", [_leaderboard(run)], "Every candidate on the same folds, best first, with its cost."
             ),
             *_searched(run),
-            Section("Learning", [plots.curves(run), *_learning_notes(run)], _learning_intro(run)),
+            Section(
+                "Learning", [plots.curves(run), *_learning_notes(run), plots.top_curves(run)], _learning_intro(run)
+            ),
             Section("Folds", [plots.folds(run)], "Each fold is tested by a model that never saw it."),
             Section("Data", _data(run)),
             Section("Reproducibility", _reproducibility(run), "What to repeat to get these numbers again."),
         ],
-        data=run.to_dict(),
-        footer=f"mlpkit {run.to_dict()['environment']['versions']['mlpkit']}. This file needs no network.",
+        data=run.to_dict(curves=False, most=_MOST_ROWS),
+        footer=f"mlpkit {versions()['mlpkit']}. This file needs no network.",
     )
 
 
@@ -219,7 +222,7 @@ def _data(run: Run) -> list[Notes | Table | Text]:
 
 
 def _reproducibility(run: Run) -> list[Code | Table]:
-    environment = run.to_dict()["environment"]
+    command, found = run.command, versions()
     settings = run.settings
     kind = "stratified by class" if run.estimator.task == "classification" else "random"
     rows: list[list[object]] = [
@@ -231,7 +234,7 @@ def _reproducibility(run: Run) -> list[Code | Table]:
         ["Validation", f"{len(run.folds[0].validation)} rows of each training part decide when to stop"],
         ["Strategy", str(settings["strategy"])],
         ["Data (SHA-256)", f"{run.data['sha256'][:16]} ... (whole in the JSON)"],
-        *[[name, value] for name, value in environment["versions"].items()],
     ]
-    blocks: list[Code | Table] = [Code(environment["command"], "Command")] if environment["command"] else []
+    rows += [[name, value] for name, value in found.items()]
+    blocks: list[Code | Table] = [Code(command, "Command")] if command else []
     return [*blocks, Table(["Setting", "Value"], rows)]

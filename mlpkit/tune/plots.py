@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlpkit.report import Figure, Table
+from mlpkit.tune.fit_verdict import curve
 from mlpkit.tune.ladder import Trial
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 _RUNGS = ("no hidden layer", "one hidden layer", "two hidden layers", "three hidden layers")
 _TONES = ("var(--quiet)", "var(--accent)", "var(--second)", "var(--good)")
 _MOST_A_RUNG = 10
+_TOP = 5
+_POINTS = 120
+_FIVE = ("var(--accent)", "var(--second)", "var(--good)", "#8a6fb0", "var(--quiet)")
 
 
 def ladder(run: Run) -> Figure:
@@ -108,6 +112,37 @@ def curves(run: Run) -> Figure:
             f" on average {np.mean(lowest):.3f}."
         ),
         table=Table(columns, rows, "Learning by fold"),
+    )
+
+
+def top_curves(run: Run) -> Figure:
+    """Mean training and validation loss of the best five candidates, each with what its curves say."""
+    done = sorted((trial for trial in run.trials if trial.state == "complete"), key=lambda trial: -trial.mean)
+    top = [run.winner, *(trial for trial in done if trial is not run.winner)][:_TOP]
+    traces: list[dict[str, Any]] = []
+    for trial, colour in zip(top, _FIVE):
+        for attribute, dash, width in (("validation_loss", "solid", 2.2), ("train_loss", "dot", 1.2)):
+            mean = _mean_curve([getattr(outcome, attribute) for outcome in trial.outcomes])
+            step = max(1, len(mean) // _POINTS)
+            line = _line(mean[::step], trial.name, colour, width, 1.0, dash == "solid")
+            line["x"] = list(range(1, len(mean) + 1, step))
+            line["line"]["dash"] = dash
+            traces.append(line)
+    layout = {
+        "xaxis": {"title": {"text": "epoch"}, "rangemode": "tozero", "showgrid": False},
+        "yaxis": {"title": {"text": "loss"}, "type": "log", **_log_ticks(*_range(traces))},
+    }
+    told = [curve(trial) for trial in top]
+    rows: list[list[object]] = [
+        [trial.name, f"{trial.mean:.4f}", f"{trial.train_mean:.4f}", words] for trial, words in zip(top, told)
+    ]
+    return Figure(
+        f"Learning curves of the best {len(top)}",
+        {"data": traces, "layout": layout},
+        alt="; ".join(f"{trial.name}: {words}" for trial, words in zip(top, told)) + ".",
+        caption="Means over the folds as far as every fold goes; solid: validation, dotted: training.",
+        table=Table(["Candidate", _metric(run), "On training rows", "Curves"], rows, "Verdicts on the best"),
+        height=360,
     )
 
 

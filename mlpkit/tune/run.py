@@ -7,10 +7,8 @@ import io
 import json
 import math
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from mlpkit.tune.folds import Fold
 from mlpkit.tune.honest import Estimate
 from mlpkit.tune.ladder import Climb, Trial
 from mlpkit.tune.model import TunedModel
+from mlpkit.tune.plain import committee_of, plain, trial_of, versions
 
 _FORMAT = "mlpkit-tune"
 _VERSION = 1
@@ -125,10 +124,18 @@ class Run:
             )  # fmt: skip
         return stream.getvalue()
 
-    def to_dict(self) -> dict[str, Any]:
-        """All numbers of the run as plain data: the contents of report.json. Not-a-number becomes None."""
+    def to_dict(self, *, curves: bool = True, most: int | None = None) -> dict[str, Any]:
+        """All numbers of the run as plain data: the contents of report.json. Not-a-number becomes None.
+
+        curves: losses by epoch and the fold of each row too. most: this many trials, the best; None is all of them.
+        """
+        trials = self.trials
+        if most is not None and len(trials) > most:
+            best = sorted(trials, key=lambda trial: (trial.state != "complete", -trial.mean))[:most]
+            kept = {id(trial) for trial in [*best, self.winner]}
+            trials = [trial for trial in trials if id(trial) in kept]
         estimator = self.estimator
-        plain: dict[str, Any] = _plain(
+        whole: dict[str, Any] = plain(
             {
                 "format": _FORMAT,
                 "version": _VERSION,
@@ -138,9 +145,9 @@ class Run:
                 "winner": self.winner.name,
                 "estimate": None if self.estimate is None else asdict(self.estimate),
                 "test_score": self.test_score,
-                "committee": _committee(self.committee),
+                "committee": committee_of(self.committee),
                 "verdicts": [asdict(verdict) for verdict in self.verdicts],
-                "trials": [_trial(trial) for trial in self.trials],
+                "trials": [trial_of(trial, curves) for trial in trials],
                 "steps": {str(rung): asdict(step) for rung, step in self.climb.steps.items()},
                 "untried": [list(hidden) for hidden in self.climb.untried],
                 "settings": self.settings,
@@ -149,12 +156,12 @@ class Run:
                     "columns": [asdict(column) for column in estimator.columns],
                     "classes": list(estimator.classes),
                 },
-                "fold_of_row": self.fold_of_row(),
+                "fold_of_row": self.fold_of_row() if curves else None,
                 "environment": {"versions": versions(), "command": self.command},
                 "seconds": self.seconds,
             }
         )
-        return plain
+        return whole
 
     def fold_of_row(self) -> list[int]:
         """For every row (with a target) the fold that tests it; -1 for none."""
@@ -163,55 +170,3 @@ class Run:
             for row in fold.test:
                 part[int(row)] = number
         return part
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed the numbers."""
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for name in ("mlpkit", "torch", "numpy", "pandas", "optuna"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _committee(committee: Committee | None) -> dict[str, Any] | None:
-    if committee is None:
-        return None
-    return {
-        "trials": [trial.number for trial in committee.trials],
-        "weights": list(committee.weights),
-        "saved": asdict(committee.step),
-        "score": committee.score,
-        "used": committee.better,
-    }
-
-
-def _trial(trial: Trial) -> dict[str, Any]:
-    return {
-        "number": trial.number,
-        "name": trial.name,
-        "stage": trial.stage,
-        "params": trial.params,
-        "reason": trial.reason,
-        "repeats": [outcome.score for outcome in trial.repeats],
-        "hidden": list(trial.hidden),
-        "parameters": trial.parameters,
-        "state": trial.state,
-        "mean": trial.mean,
-        "se": trial.se,
-        "train_mean": trial.train_mean,
-        "seconds": trial.seconds,
-        "folds": [outcome.to_dict() for outcome in trial.outcomes],
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.7g}") if math.isfinite(value) else None
-    return value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from mlpkit.tune.folds import make_folds
 from mlpkit.tune.journal import Journal, header_of
 from mlpkit.tune.ladder import Climb, from_trials
 from mlpkit.tune.model import TunedModel
+from mlpkit.tune.plain import versions
 from mlpkit.tune.problem import Problem, read_problem
-from mlpkit.tune.run import Run, versions
+from mlpkit.tune.run import Run
 from mlpkit.tune.space import Space, widths
 from mlpkit.tune.study import to_study
 from mlpkit.tune.verdicts import judge
@@ -52,6 +54,8 @@ def tune(
     test: tuple[Any, Any] | None = None,
     ensemble: bool | None = None,
     resume: bool = True,
+    storage: str | None = None,
+    study: str | None = None,
     task: str = "auto",
     categorical: Collection[str] = (),
     ignore: Collection[str] = (),
@@ -70,7 +74,8 @@ def tune(
     a fold. time: the same; a fold learns only from rows before those it is tested on. sample_weight: a weight per row.
     test: (X, y), scored once, by the final model. ensemble: True predicts with an average of finalists where that is
     better by one standard error, False with the winner alone, None is True for "auto" only. resume: go on with a run
-    into ``out`` that was killed.
+    into ``out`` that was killed. storage, study: work on the named study together with others, see
+    ``mlpkit.tune.shared``; without random_state the seed then follows from the table and the name.
     task: "classification", "regression" or "auto". categorical, ignore: names of columns. progress: True or None shows
     it on stderr, False is silent. Same table, seed and versions give the same scores, unless the budget, being a time,
     cut the search short.
@@ -81,21 +86,25 @@ def tune(
     allowed = read_budget(budget)
     clock = Clock(allowed)
     _check(strategy, cv, random_state)
+    if (storage is None) != (study is None):
+        raise ArgumentError("tune: storage and study go together: where the search is shared, and under which name")
     wanted = space if isinstance(space, Space) else Space(space or {})
     # What is only needed at the end is looked for now, not after minutes of training.
     for module in ("pandas", "optuna", *(("safetensors", "jinja2", "plotly") if out is not None else ())):
         require(module, "mlpkit.tune")
     target_path = rundir.check(out, overwrite) if out is not None else None
     problem = read_problem(X, y, task, cv, categorical, ignore, groups=groups, time=time, sample_weight=sample_weight)
-    journal, seed = _journal(
-        target_path, problem, resume, random_state, [strategy, str(allowed), cv, wanted.to_plain()]
-    )
+    asked = [strategy, str(allowed), cv, wanted.to_plain()]
+    if storage is not None:
+        journal, seed = _shared(storage, study or "", problem, random_state, asked)
+    else:
+        journal, seed = _journal(target_path, problem, resume, random_state, asked)
     wanted = wanted.for_task(
         problem.target.task,
         positive_target=problem.target.task == "regression" and bool((problem.target.values > 0.0).all()),
     )
     metric = "accuracy" if problem.target.task == "classification" else "R2"
-    with speak.choose(progress, metric, cv) as say, _one_thread():
+    with closing(journal), speak.choose(progress, metric, cv) as say, _one_thread():
         search = _prepared(problem, wanted, cv, seed, clock, say, journal)
         averaging = strategy == "auto" if ensemble is None else bool(ensemble)
         search.final_fits = _FITS_OF_AN_AVERAGE if averaging else 1
@@ -182,6 +191,17 @@ def _journal(
         seed = before.get("seed")
     seed = secrets.randbelow(2**31) if seed is None else int(seed)
     return Journal(path, {**header, "seed": seed}), seed
+
+
+def _shared(
+    storage: str, name: str, problem: Problem, random_state: int | None, settings: list[Any]
+) -> tuple[Journal, int]:
+    from mlpkit.tune.shared import Shared
+
+    drawn = int(hashlib.sha256(f"{problem.fingerprint} {name}".encode()).hexdigest()[:7], 16)
+    seed = drawn if random_state is None else int(random_state)
+    header = {"sha256": problem.fingerprint, "settings": settings, "versions": versions(), "seed": seed}
+    return Shared(storage, name, header), seed
 
 
 def _check(strategy: str, cv: int, random_state: int | None) -> None:

@@ -70,6 +70,23 @@ def read_csv(path: str | os.PathLike[str]) -> Any:
     return frame
 
 
+def read_table(path: str | os.PathLike[str]) -> Any:
+    """A DataFrame from a CSV or, by its ending .parquet or .pq, from a Parquet file (needs pyarrow)."""
+    source = Path(path)
+    if source.suffix.lower() not in (".parquet", ".pq"):
+        return read_csv(source)
+    if not source.is_file():
+        raise DataError(f"no such file: {source}")
+    arrow = require("pyarrow", "a Parquet file")
+    try:
+        frame = require("pyarrow.parquet", "a Parquet file").read_table(source).to_pandas()
+    except (OSError, ValueError, arrow.ArrowException) as error:
+        raise DataError(f"{source} is no Parquet file: {str(error).splitlines()[0]}") from None
+    if len(frame) == 0:
+        raise DataError(f"{source} has columns but no rows")
+    return frame
+
+
 def to_frame(X: Any) -> Any:
     """``X`` as a DataFrame with text column names; arrays get x0, x1, ..."""
     pd = pandas()

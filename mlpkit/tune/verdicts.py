@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,9 @@ from mlpkit.tune.columns import single_columns
 from mlpkit.tune.ensemble import Committee
 from mlpkit.tune.evaluate import Search
 from mlpkit.tune.findings import Verdict
-from mlpkit.tune.ladder import TAPERS, WIDTHS, Climb, Trial, in_words, rise_after_best
+from mlpkit.tune.fit_verdict import fit, ratio
+from mlpkit.tune.ladder import TAPERS, WIDTHS, Climb, Trial, in_words
 
-_OVERFIT_TIMES_LINEAR = 3.0
-_RISE_SE = 2.0
-_NOTHING = 0.02
 _SEARCHED = 12  # The ladder alone says of a part what its own verdicts say.
 
 
@@ -23,7 +20,7 @@ def judge(
     climb: Climb, metric: str, floor: float, search: Search | None = None, committee: Committee | None = None
 ) -> list[Verdict]:
     """All verdicts, the three main ones first. floor: the score of a constant guess (largest class, or mean)."""
-    verdicts = [_depth(climb, metric), _fit(climb, metric, floor), _neighbours(climb, metric)]
+    verdicts = [_depth(climb, metric), fit(climb, metric, floor), _neighbours(climb, metric)]
     if _cut_short(climb):
         verdicts.append(_budget(climb))
     diverged = [trial.words for trial in climb.trials if trial.state == "diverged"]
@@ -33,7 +30,7 @@ def judge(
         )
     more = [findings.ensemble(committee, metric), findings.shape(climb), findings.regularisation(climb)]
     if search is not None:
-        more.append(findings.leakage(single_columns(search.problem, search.folds[0]), metric))
+        more.append(findings.leakage(single_columns(search.problem, search.folds), metric))
         more += findings.borders(climb.trials, search.space)
         if len(climb.trials) >= _SEARCHED:
             more += findings.hyperparameters(climb.trials, search.space, climb.winner)
@@ -56,13 +53,13 @@ def _depth(climb: Climb, metric: str) -> Verdict:
     step = stats.compare(winner.scores, linear.scores)
     text = (
         f"{_first(climb, winner.words)} won: {metric} {winner.mean:.3f} against {linear.mean:.3f} for linear,"
-        f" a gain of {_signed(step.gain)} or {_ratio(step)} SE."
+        f" a gain of {_signed(step.gain)} or {ratio(step)} SE."
     )
     if climb.winner_rung == 1 and 2 in climb.steps:
         text += f" A second layer {_change(climb.steps[2])} and did not earn its place."
     elif climb.winner_rung >= 2 and 1 in climb.best:
         below = stats.compare(winner.scores, climb.best[1].scores)
-        text += f" Against the best single layer ({climb.best[1].name}) it gains {_ratio(below)} SE."
+        text += f" Against the best single layer ({climb.best[1].name}) it gains {ratio(below)} SE."
     return Verdict("depth", f"{climb.winner_rung} hidden", text, "good", _numbers(step, winner, linear))
 
 
@@ -72,61 +69,6 @@ def _cut_short(climb: Climb) -> bool:
 
 def _first(climb: Climb, words: str) -> str:
     return f"Of what the budget allowed, {words}" if _cut_short(climb) else words.capitalize()
-
-
-def _fit(climb: Climb, metric: str, floor: float) -> Verdict:
-    winner, linear = climb.winner, climb.linear
-    gap, linear_gap = winner.train_mean - winner.mean, linear.train_mean - linear.mean
-    rise = rise_after_best(winner)
-    numbers = {
-        "train": winner.train_mean, "test": winner.mean, "gap": gap, "linear_gap": linear_gap, "rise_se": rise,
-        "floor": floor,
-    }  # fmt: skip
-    scores = f"{metric} {winner.train_mean:.3f} on training rows, {winner.mean:.3f} on unseen ones"
-    if winner.mean <= floor + max(winner.se, _NOTHING):
-        text = f"It learnt next to nothing: {metric} {winner.mean:.3f}, a constant guess reaches {floor:.3f}."
-        return Verdict("fit", "no signal", text, "bad", numbers)
-    edge = _edge(climb)
-    if edge is not None and edge.earned:
-        text = f"It may underfit: the widest layer tried won, {_ratio(edge)} SE ahead of the next ({scores})."
-        return Verdict("fit", "underfit", text, "notice", {**numbers, "edge_ratio": edge.ratio})
-    better = _bigger_is_better(climb)
-    if better is not None and gap < max(linear_gap, winner.se):
-        text = (
-            f"It may underfit: {better[0].name} gains {_ratio(better[1])} SE and training rows are no better than"
-            f" unseen ones ({scores})."
-        )
-        return Verdict("fit", "underfit", text, "notice", numbers)
-    if rise > _RISE_SE and gap > max(_OVERFIT_TIMES_LINEAR * max(linear_gap, 0.0), winner.se):
-        text = (
-            f"It overfits if left alone: after its best epoch the validation loss rose by {rise:.1f} SE"
-            f" ({scores}). Early stopping took the best epoch."
-        )
-        return Verdict("fit", "overfit", text, "notice", numbers)
-    text = f"Neither under- nor overfit: {scores}, a gap of {gap:.3f}"
-    if winner is not linear:
-        text += f" (linear: {linear_gap:.3f})"
-    return Verdict("fit", "fine", text + ".", "good", numbers)
-
-
-def _edge(climb: Climb) -> stats.Comparison | None:
-    """The widest single layer against the next narrower one, if the widest is the base of the winner."""
-    if climb.winner_rung == 0 or 1 not in climb.best or climb.best[1].hidden != (WIDTHS[-1],):
-        return None
-    if any(trial.hidden > (WIDTHS[-1],) and len(trial.hidden) == 1 for trial in climb.trials):
-        return None
-    narrower = _find(climb, (WIDTHS[-2],))
-    return stats.compare(climb.best[1].scores, narrower.scores) if narrower else None
-
-
-def _bigger_is_better(climb: Climb) -> tuple[Trial, stats.Comparison] | None:
-    """A larger network that beats the winner by more than one SE, and yet was not chosen."""
-    for trial in climb.trials:
-        if trial.state == "complete" and trial.parameters > climb.winner.parameters and not trial.params.get("dropout"):
-            step = stats.compare(trial.scores, climb.winner.scores)
-            if step.earned and len(trial.hidden) == len(climb.winner.hidden):
-                return trial, step
-    return None
 
 
 def _neighbours(climb: Climb, metric: str) -> Verdict:
@@ -196,11 +138,7 @@ def _numbers(step: stats.Comparison, winner: Trial, rival: Trial) -> dict[str, A
 
 def _change(step: stats.Comparison) -> str:
     verb = "gains" if step.gain > 0 else "loses" if step.gain < 0 else "changes"
-    return f"{verb} {abs(step.gain):.3f} ({_ratio(step)} SE)"
-
-
-def _ratio(step: stats.Comparison) -> str:
-    return f"{abs(step.ratio):.1f}" if math.isfinite(step.ratio) else "many"
+    return f"{verb} {abs(step.gain):.3f} ({ratio(step)} SE)"
 
 
 def _signed(value: float) -> str:

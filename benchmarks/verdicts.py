@@ -1,0 +1,240 @@
+"""Are the verdicts right? Sixty generated problems whose truth is known, twelve kinds of five; and the ladder by seeds.
+
+python benchmarks/verdicts.py [--kinds linear,leak] [--each 5] [--ladder 50] [--out benchmarks/results/verdicts.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import make_friedman1, make_moons
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tuning_data import environment, linear_classes, linear_numbers, spirals
+
+from mlpkit.tune import Run, tune
+
+Draw = Callable[[int], tuple[Any, Any]]
+PER_KIND = 5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A table by seed, how it is searched, and what a right verdict looks like."""
+
+    kind: str
+    draw: Draw
+    right: Callable[[Run], bool]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def value_of(run: Run, kind: str) -> str:
+    return next((verdict.value for verdict in run.verdicts if verdict.kind == kind), "")
+
+
+def fit_is(*values: str) -> Callable[[Run], bool]:
+    return lambda run: value_of(run, "fit") in values
+
+
+def about(part: str, value: str) -> Callable[[Run], bool]:
+    def right(run: Run) -> bool:
+        found = [item for item in run.verdicts if item.kind == "hyperparameter" and item.numbers["part"] == part]
+        return bool(found) and found[0].value == value
+
+    return right
+
+
+def alarmed(part: str, end: float | None) -> Callable[[Run], bool]:
+    """An alarm at that end of the part; None: no alarm on it."""
+
+    def right(run: Run) -> bool:
+        ends = [item.numbers["end"] for item in run.verdicts if item.kind == "border" and item.value == part]
+        return not ends if end is None else any(np.isclose(item, end) for item in ends)
+
+    return right
+
+
+# Tables
+
+
+def noise(seed: int) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(300, 6))
+    return X, rng.normal(size=300) if seed % 2 else rng.permutation(np.arange(300) % 2)
+
+
+def leaking(seed: int) -> tuple[Any, Any]:
+    X, y = friedman(seed, rows=400) if seed % 2 else product(seed)
+    known = y + 0.02 * np.std(y) * np.random.default_rng(seed).normal(size=len(y))
+    return np.column_stack([X, known]), y
+
+
+def linear(seed: int) -> tuple[Any, Any]:
+    return linear_classes(400, 6, seed) if seed % 2 else linear_numbers(400, 6, seed)
+
+
+def product(seed: int, rows: int = 500) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(rows, 3))
+    return X, (X[:, 0] * X[:, 1] > 0).astype(int)
+
+
+def friedman(seed: int, rows: int = 600, sd: float = 1.0) -> tuple[Any, Any]:
+    X, y = make_friedman1(rows, noise=sd, random_state=seed)
+    return X, y
+
+
+def curved(seed: int) -> tuple[Any, Any]:
+    if seed % 3 == 0:
+        return product(seed)
+    return spirals(400, seed) if seed % 3 == 1 else friedman(seed)
+
+
+def wavy(seed: int, rows: int = 2000) -> tuple[Any, Any]:
+    """A sum of waves: a few units cannot follow it."""
+    rng = np.random.default_rng(seed)
+    X = rng.uniform(-1, 1, size=(rows, 2))
+    return X, np.sin(5 * X[:, 0]) + np.cos(4 * X[:, 1]) + 0.05 * rng.normal(size=rows)
+
+
+def flipped(seed: int) -> tuple[Any, Any]:
+    """Few rows, many columns, a fifth of the labels wrong: a wide layer learns the labels by heart."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(400, 12))
+    y = (X[:, 0] * X[:, 1] + X[:, 2] * X[:, 3] > 0).astype(int)
+    return X, np.where(rng.random(400) < 0.2, 1 - y, y)
+
+
+def scarce(seed: int) -> tuple[Any, Any]:
+    """A smooth law without noise, of which too few rows are known."""
+    return make_friedman1(120, n_features=6, noise=0.0, random_state=seed)  # type: ignore[no-any-return]
+
+
+def plenty(seed: int) -> tuple[Any, Any]:
+    if seed % 2:
+        return make_moons(1500, noise=0.2, random_state=seed)  # type: ignore[no-any-return]
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(2000, 2))
+    return X, X[:, 0] ** 2 + X[:, 1] + 0.5 * rng.normal(size=2000)
+
+
+# Searches
+
+LR = {"layers": 1, "width": 32, "optimizer": "adamw", "schedule": "constant", "activation": "relu", "dropout": 0.0}
+SLOPE = {**LR, "optimizer": "sgd", "momentum": 0.9, "batch_size": 32, "epochs": 50}
+
+
+def over(lr: tuple[float, float], **more: Any) -> dict[str, Any]:
+    return {"strategy": "quasirandom", "budget": "48 trials", "space": {**SLOPE, "lr": lr, **more}}
+
+
+AUTO = {"strategy": "auto", "budget": "80 trials"}
+KINDS: dict[str, list[Problem]] = {
+    "no signal": [Problem("no signal", noise, fit_is("no signal"), AUTO)],
+    "leak": [Problem("leak", leaking, lambda run: value_of(run, "leakage") == "suspected", AUTO)],
+    "linear": [Problem("linear", linear, lambda run: value_of(run, "depth") == "linear", AUTO)],
+    "curved": [Problem("curved", curved, lambda run: value_of(run, "depth").endswith("hidden"), AUTO)],
+    "underfit": [
+        Problem("underfit", wavy, fit_is("underfit"), {**AUTO, "space": {"width": [1, 2, 4], "layers": [0, 1]}}),
+        Problem("underfit", wavy, fit_is("underfit"), {**AUTO, "space": {"epochs": 6, "lr": 1e-3, "layers": [0, 1]}}),
+    ],
+    "overfit": [
+        Problem(
+            "overfit", flipped, fit_is("overfit"),
+            {**AUTO, "space": {"dropout": 0.0, "weight_decay": 1e-4, "layers": [0, 1], "width": [64, 128, 256]}},
+        )
+    ],
+    "data-limited": [Problem("data-limited", scarce, fit_is("data-limited"), AUTO)],
+    "fine": [Problem("fine", plenty, fit_is("fine"), AUTO)],
+    "border": [
+        Problem("border", friedman, alarmed("lr", 1e-4), over((1e-6, 1e-4))),
+        Problem("border", curved, alarmed("lr", 1e-4), over((1e-6, 1e-4))),
+    ],
+    "no border": [Problem("no border", friedman, alarmed("lr", None), over((1e-6, 1e1)))],
+    "volatile": [Problem("volatile", friedman, about("lr", "volatile"), over((1e-9, 1e3)))],
+    "robust": [
+        Problem("robust", friedman, about("l1", "robust"), over((1e-3, 1e-1), l1=[0.0, 1e-7, 1e-6, 1e-5])),
+        Problem("robust", product, about("init", "robust"), over((1e-3, 1e-1), init=["xavier_uniform", "he_normal"])),
+    ],
+}  # fmt: skip
+
+
+def judged(problem: Problem, seed: int) -> tuple[bool, Run]:
+    """(whether the verdict is right, the run) on one problem."""
+    X, y = problem.draw(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = tune(X, y, random_state=seed, progress=False, **problem.settings)
+    return problem.right(run), run
+
+
+def suite(kinds: list[str], each: int) -> dict[str, Any]:
+    """Right or wrong by kind; five seeds each go round the kind's problems."""
+    table: dict[str, list[bool]] = {}
+    for kind in kinds:
+        problems = KINDS[kind]
+        for number in range(each):
+            start = time.process_time()
+            right, run = judged(problems[number % len(problems)], 100 + number)
+            table.setdefault(kind, []).append(right)
+            told = f"{time.process_time() - start:5.1f} CPU-s"
+            print(f"{kind:<13} {number} {'right' if right else 'WRONG'} {told}", flush=True)
+            if not right:
+                print("    " + "\n    ".join(verdict.text for verdict in run.verdicts[:6]), flush=True)
+    flat = [right for rights in table.values() for right in rights]
+    return {"kinds": {kind: sum(rights) for kind, rights in table.items()}, "each": each, "rate": float(np.mean(flat))}
+
+
+LADDER: dict[str, tuple[Draw, bool]] = {
+    "linear numbers": (lambda seed: linear_numbers(300, 6, seed), True),
+    "linear classes": (lambda seed: linear_classes(300, 6, seed), True),
+    "spirals": (lambda seed: spirals(400, seed), False),
+    "moons": (lambda seed: make_moons(400, noise=0.2, random_state=seed), False),
+    "friedman1": (lambda seed: make_friedman1(400, noise=1.0, random_state=seed), False),
+}
+
+
+def ladder(seeds: int) -> dict[str, float]:
+    """The share of seeds whose ladder stops at no hidden layer."""
+    stopped: dict[str, float] = {}
+    for name, (draw, wanted) in LADDER.items():
+        found = []
+        for seed in range(seeds):
+            X, y = draw(seed)
+            run = tune(X, y, strategy="constructive", budget="20 trials", random_state=seed, progress=False)
+            found.append(not run.winner.hidden)
+        stopped[name] = float(np.mean(found))
+        print(f"ladder, {name:<15} 0 layers in {sum(found)} of {seeds} seeds; wanted: {'all' if wanted else 'none'}")
+    return stopped
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--each", type=int, default=PER_KIND)
+    parser.add_argument("--ladder", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    start, words = time.process_time(), {"name": "verdicts", **environment()}
+    if options.each:
+        words["suite"] = suite([kind for kind in options.kinds.split(",") if kind], options.each)
+        print(f"right: {words['suite']['rate']:.1%}")
+    if options.ladder:
+        words["ladder"] = {"seeds": options.ladder, "stopped_at_0": ladder(options.ladder)}
+    words["cpu_seconds"] = round(time.process_time() - start, 1)
+    if options.out is not None:
+        options.out.write_text(json.dumps(words, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
