@@ -76,7 +76,7 @@ struct Gelu {
   static constexpr Needs needs = Needs::preactivation;
   template <class F>
   MLPKIT_HD static F value(F z, F) {
-    return z * math::normal(z).phi;
+    return math::normal(z).x_phi;
   }
   template <class F>
   MLPKIT_HD static F slope(F z, F) {

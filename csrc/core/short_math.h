@@ -67,7 +67,8 @@ MLPKIT_HD Normal<Short> normal(Short x) {
   q = q * t - 0.142248368f;
   q = q * t + 0.127414796f;
   const float tail = bell * (q * t);
-  return {bell, x.v < 0.f ? tail : 1.f - tail};
+  const float phi = x.v < 0.f ? tail : 1.f - tail;
+  return {bell, phi, x.v * phi};
 }
 
 }  // namespace math

@@ -69,15 +69,15 @@ MLPKIT_HD void each_band(const Region& region, Body&& body) {
     }
 }
 
-// Calls body(tile, first_row, end_row) for a few rows of each tile, then for the next few.
+// Calls body(tile, first_row, end_row) for `together` rows of each tile, then for the next ones.
 constexpr int kRowsTogether = 4;
 // Rows between one that is read and one that is fetched early: the hardware guesses no further than to a page's end.
 constexpr int kAhead = 8;
-template <class Body>
-MLPKIT_HD void each_strip(const Band& band, Body&& body) {
-  for (int first = 0; first < band.rows; first += kRowsTogether) {
-    const int end = first + kRowsTogether < band.rows ? first + kRowsTogether : band.rows;
-    for (int tile = 0; tile < band.tiles; ++tile) body(tile, first, end);
+template <int together, class Body>
+MLPKIT_HD void each_strip(int rows, int tiles, Body&& body) {
+  for (int first = 0; first < rows; first += together) {
+    const int end = first + together < rows ? first + together : rows;
+    for (int tile = 0; tile < tiles; ++tile) body(tile, first, end);
   }
 }
 
@@ -121,57 +121,123 @@ __attribute__((noinline)) double largest_magnitude(const Band& band, const T* y,
   return result;
 }
 
+// Whole tiles side by side.
 template <class A, class T, class C>
-void forward(const ActDropoutForward& given) {
+struct ForwardTiles {
+  const C* product;  // [rows, tiles * 16]
+  int64_t product_stride;
+  const C* bias;   // [tiles * 16] or nullptr
+  const C* slope;  // the same
+  C negative_slope, scale;
+  bool masks;
+  T* y;  // [rows, tiles * 16]
+  Saved<A, T>* saved;
+  int64_t stride;
+  uint16_t (*keep)[kMaskTile];
+  uint16_t (*positive)[kMaskTile];
+  int rows, tiles;
+};
+
+// A function of its own, which calls none: so all constants of a formula stay in registers from row to row.
+template <class A, class T, class C>
+__attribute__((noinline)) void forward_tiles(const ForwardTiles<A, T, C>& given) {
   using V = typename Wide<C>::type;
   constexpr int lanes = Wide<C>::lanes;
-  const ActDropoutForward args = given;  // a copy, which no store can change
-  const C scale = static_cast<C>(args.dropout.scale);
-  const bool masks = args.dropout.threshold > 0;
+  constexpr int together = A::needs == Needs::preactivation ? kMaskTile : kRowsTogether;
+  const ForwardTiles<A, T, C> args = given;  // a copy, which no store can change
+  each_strip<together>(args.rows, args.tiles, [&](int tile, int first, int end) __attribute__((always_inline)) {
+    const int64_t col = tile * kMaskTile;
+    const C* product = args.product + first * args.product_stride + col;
+    T* y = args.y + first * args.stride + col;
+    Saved<A, T>* saved = args.saved + (args.saved ? first * args.stride + col : 0);
+    TileRow<C> bias, slope;
+    bias.read_or_fill(args.bias, col, kMaskTile, C(0));
+    slope.read_or_fill(args.slope, col, kMaskTile, args.negative_slope);
+    for (int r = first; r < end; ++r) {
+      TileRow<C> z, value, saving;
+      z.read(product, kMaskTile);
+      if (args.bias) z.add(bias);
+      const unsigned kept = args.keep[tile][r];
+      unsigned live = 0, above = 0;
+      for (int i = 0; i < TileRow<C>::count; ++i) {
+        V factor;
+        select_lanes(kept >> (i * lanes), V{} + args.scale, V{}, factor);
+        value.v[i] = A::value(z.v[i], slope.v[i]);
+        saving.v[i] = worth_saving<A, T>(z.v[i], slope.v[i]);
+        if (args.masks) value.v[i] = value.v[i] * factor;
+        if (A::needs == Needs::sign) {
+          live |= (lane_mask(z.v[i] <= 0) ^ ((1u << lanes) - 1)) << (i * lanes);
+          above |= lane_mask(z.v[i] > 0) << (i * lanes);
+        }
+      }
+      value.write(y, kMaskTile);
+      __builtin_prefetch(y + kAhead * args.stride, 1);
+      if (args.saved) {
+        saving.write(saved, kMaskTile);
+        __builtin_prefetch(saved + kAhead * args.stride, 1);
+        saved += args.stride;
+      }
+      if (__is_same(A, Relu)) args.keep[tile][r] = static_cast<uint16_t>(kept & live);
+      if (__is_same(A, LeakyRelu)) args.positive[tile][r] = static_cast<uint16_t>(above);
+      product += args.product_stride;
+      y += args.stride;
+    }
+  });
+}
+
+template <class T>
+MLPKIT_HD void copy_rows(T* to, int64_t to_stride, const T* from, int64_t from_stride, int rows, int cols) {
+  for (int r = 0; r < rows; ++r) __builtin_memcpy(to + r * to_stride, from + r * from_stride, cols * sizeof(T));
+}
+
+// The `cols` first columns of a tile: as a whole one, in copies.
+template <class A, class T, class C>
+__attribute__((noinline)) void forward_ragged(const ForwardTiles<A, T, C>& args, int cols) {
+  C product[kMaskTile][kMaskTile] = {}, bias[kMaskTile] = {}, slope[kMaskTile] = {};
+  T y[kMaskTile][kMaskTile];
+  Saved<A, T> saved[kMaskTile][kMaskTile];
+  ForwardTiles<A, T, C> whole = args;
+  copy_rows(product[0], kMaskTile, args.product, args.product_stride, args.rows, cols);
+  if (args.bias) __builtin_memcpy(bias, args.bias, cols * sizeof(C));
+  if (args.slope) __builtin_memcpy(slope, args.slope, cols * sizeof(C));
+  whole.product = product[0];
+  whole.bias = args.bias ? bias : nullptr;
+  whole.slope = args.slope ? slope : nullptr;
+  whole.y = y[0];
+  whole.saved = args.saved ? saved[0] : nullptr;
+  whole.product_stride = whole.stride = kMaskTile;
+  forward_tiles(whole);
+  copy_rows(args.y, args.stride, y[0], kMaskTile, args.rows, cols);
+  if (args.saved) copy_rows(args.saved, args.stride, saved[0], kMaskTile, args.rows, cols);
+}
+
+template <class A, class T, class C>
+void forward(const ActDropoutForward& args) {
   const int64_t stride = args.region.total_cols;
   each_band(args.region, [&](const Band& band) __attribute__((always_inline)) {
     BandBits keep, positive;
     draw(args.dropout, band, keep);
-    each_strip(band, [&](int tile, int first, int end) __attribute__((always_inline)) {
-      const int64_t col = band.col + tile * kMaskTile, row = band.row + first;
-      const int cols = band.tile_cols(tile);
-      const C* product =
-          element<C>(args.product, (row - args.region.row) * args.product_stride + col - args.region.col);
-      T* y = element<T>(args.y, row * stride + col);
-      auto* saved = element<Saved<A, T>>(args.saved, args.saved ? row * stride + col : 0);
-      TileRow<C> bias, slope;
-      bias.read_or_fill(args.bias, col, cols, C(0));
-      slope.read_or_fill(args.slope, col, cols, static_cast<C>(args.negative_slope));
-      for (int r = first; r < end; ++r) {
-        TileRow<C> z, value, saving;
-        z.read(product, cols);
-        if (args.bias) z.add(bias);
-        const unsigned kept = keep[tile][r];
-        unsigned live = 0, above = 0;
-        for (int i = 0; i < TileRow<C>::count; ++i) {
-          V factor;
-          select_lanes(kept >> (i * lanes), V{} + scale, V{}, factor);
-          value.v[i] = A::value(z.v[i], slope.v[i]);
-          saving.v[i] = worth_saving<A, T>(z.v[i], slope.v[i]);
-          if (masks) value.v[i] = value.v[i] * factor;
-          if (A::needs == Needs::sign) {
-            live |= (lane_mask(z.v[i] <= 0) ^ ((1u << lanes) - 1)) << (i * lanes);
-            above |= lane_mask(z.v[i] > 0) << (i * lanes);
-          }
-        }
-        value.write(y, cols);
-        __builtin_prefetch(y + kAhead * stride, 1);
-        if (args.saved) {
-          saving.write(saved, cols);
-          __builtin_prefetch(saved + kAhead * stride, 1);
-          saved += stride;
-        }
-        if (__is_same(A, Relu)) keep[tile][r] = static_cast<uint16_t>(kept & live);
-        if (__is_same(A, LeakyRelu)) positive[tile][r] = static_cast<uint16_t>(above);
-        product += args.product_stride;
-        y += stride;
-      }
-    });
+    const int whole = static_cast<int>(band.cols / kMaskTile), ragged = static_cast<int>(band.cols % kMaskTile);
+    const auto tiles_from = [&](int tile, int tiles) {
+      const int64_t col = band.col + tile * kMaskTile, element_of_y = band.row * stride + col;
+      return ForwardTiles<A, T, C>{
+          element<C>(args.product, (band.row - args.region.row) * args.product_stride + col - args.region.col),
+          args.product_stride,
+          args.bias ? element<C>(args.bias, col) : nullptr,
+          args.slope ? element<C>(args.slope, col) : nullptr,
+          static_cast<C>(args.negative_slope),
+          static_cast<C>(args.dropout.scale),
+          args.dropout.threshold > 0,
+          element<T>(args.y, element_of_y),
+          args.saved ? element<Saved<A, T>>(args.saved, element_of_y) : nullptr,
+          stride,
+          keep + tile,
+          positive + tile,
+          band.rows,
+          tiles};
+    };
+    if (whole) forward_tiles(tiles_from(0, whole));
+    if (ragged) forward_ragged(tiles_from(whole, 1), ragged);
     if (args.keep) save_bits(band, keep, args.keep);
     if (__is_same(A, LeakyRelu) && args.positive) save_bits(band, positive, args.positive);
     if (args.absmax)
@@ -225,7 +291,7 @@ void backward(const ActDropoutBackward& given) {
       dbias[tile].fill(0);
       dslope[tile].fill(0);
     }
-    each_strip(band, [&](int tile, int first, int end) __attribute__((always_inline)) {
+    each_strip<kRowsTogether>(band.rows, band.tiles, [&](int tile, int first, int end) __attribute__((always_inline)) {
       const int64_t col = band.col + tile * kMaskTile, row = band.row + first;
       const int64_t words = (band.first_tile + tile) * kMaskTile;
       const int cols = band.tile_cols(tile);

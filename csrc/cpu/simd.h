@@ -46,19 +46,6 @@ struct SquareRoot<FloatVec> {
 #endif
   }
 };
-
-#if defined(__FMA__)
-template <>
-struct SquareRest<FloatVec> {
-  MLPKIT_HD static FloatVec of(FloatVec x, FloatVec square) {
-#if defined(__AVX512F__)
-    return (FloatVec)_mm512_fmsub_ps((__m512)x, (__m512)x, (__m512)square);
-#else
-    return (FloatVec)_mm256_fmsub_ps((__m256)x, (__m256)x, (__m256)square);
-#endif
-  }
-};
-#endif
 }  // namespace math
 
 // The widest value the epilogue computes with: a vector for float, one number for double.
