@@ -12,7 +12,7 @@ from torch import nn
 
 from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError, DtypeError
-from mlpkit.guard import GradScaler, optim
+from mlpkit.guard import GradScaler, TrainStep, optim
 from mlpkit.guard.update import DeviceScale, why_not
 from mlpkit.ops.guarded_update import ScaleRule
 
@@ -380,6 +380,39 @@ def test_gradients_of_other_strides_and_missing_ones():
         twin.step()
     for a, b in zip(ours, twins):
         assert_within_ulps(a, b, b, "parameter")
+
+
+@pytest.mark.parametrize("module", [torch.optim, optim], ids=["torch", "ours"])
+@pytest.mark.parametrize("way", ["step", "train step", "scaler"])
+def test_hooks_see_what_the_caller_gave_and_gradients_as_they_are(module, way):
+    model = nn.Linear(3, 1, bias=False)
+    optimizer = module.Adam(model.parameters())
+    seen = []
+    optimizer.register_step_pre_hook(lambda _, args, named: seen.append((args, named, model.weight.grad.tolist())))
+    optimizer.register_step_post_hook(lambda _, args, named: seen.append((args, named)))
+    inputs, target = torch.ones(1, 3), torch.ones(1)
+    if way == "train step":
+        loss = lambda output, target: (output[0] * target).sum()  # noqa: E731
+        step = TrainStep(model, loss, optimizer, precision="fp16", init_scale=1024.0)
+        assert not step(inputs, target).skipped
+    else:
+        scaler = GradScaler("cpu", model=model, enabled=way == "scaler")
+        scaler.scale(model(inputs).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert seen == [((optimizer,), {}, [[1.0, 1.0, 1.0]]), ((optimizer,), {})]
+
+
+def test_hooks_see_a_closure_or_scale_that_was_given():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = optim.Adam([parameter])
+    seen, scale = [], DeviceScale(1024.0)
+    optimizer.register_step_pre_hook(lambda _, args, named: seen.append((args, named)))
+    parameter.grad = torch.full((3,), 1024.0)
+    optimizer.step(scale=scale)
+    optimizer.step(closure := lambda: parameter.sum())
+    assert seen == [((optimizer,), {"scale": scale}), ((optimizer, closure), {})]
+    assert optimizer.skipped == 0
 
 
 def test_hooks_closures_and_tensor_rates():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mlpkit.guard import TrainStep, optim
+from mlpkit.nn import MLP
 
 OURS = {"SGD": {"lr": 0.1, "momentum": 0.9}, "Adam": {}, "RMSprop": {"centered": True, "momentum": 0.5}}
 TORCH = {"torch": torch.optim.Adam, "torch, fused": lambda p: torch.optim.Adam(p, fused=True), "ours": optim.Adam}
@@ -131,3 +132,45 @@ def test_a_copied_step_goes_on_alone(which):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     step(*batch)
     assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), model.parameters(), strict=True))
+
+
+LARGE = torch.tensor([[3e38, 1e38, -2e38, 1e30]])
+
+
+@pytest.mark.parametrize("clip", [1.0, 1e-3, 1e-9])
+def test_a_factor_below_float32s_numbers_loses_nothing(clip):
+    parameter = nn.Parameter(torch.zeros(1, 4))
+    optimizer = optim.SGD([parameter], lr=1.0, clip_norm=clip)
+    parameter.grad = LARGE.clone()
+    optimizer.step()
+    wanted = -clip * LARGE.double() / LARGE.double().norm()
+    torch.testing.assert_close(parameter.detach().double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_nor_does_it_in_a_guarded_step(make, hooked):
+    model = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = make(model.parameters(), lr=1.0)
+    if hooked:
+        optimizer.register_step_pre_hook(lambda *_: None)
+    step = TrainStep(model, lambda output, target: (output * target).sum(), optimizer, clip_norm=1e-9)
+    assert not step(LARGE, torch.ones(1, 1)).skipped
+    wanted = 1e-9 * LARGE.double() / LARGE.double().norm()
+    if make is torch.optim.Adagrad:
+        wanted = wanted / (wanted.abs() + optimizer.defaults["eps"])
+    # The last one's square is below float32's numbers.
+    torch.testing.assert_close(-model.weight.detach().double()[:, :3], wanted[:, :3], rtol=1e-5, atol=0)
+
+
+def test_a_native_step_leaves_such_a_factor_to_the_general_way():
+    model = MLP(4, [], 1, bias=False)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    step = TrainStep(model, "l1", torch.optim.SGD(model.parameters(), lr=1.0), clip_norm=1e-9)
+    step(LARGE, torch.full((1, 1), -1.0))
+    (weight,) = model.parameters()
+    torch.testing.assert_close(
+        -weight.detach().double(), 1e-9 * LARGE.double() / LARGE.double().norm(), rtol=1e-6, atol=0
+    )

@@ -138,6 +138,17 @@ MLPKIT_HD double guarded_factor(double scale, double norm, double clip) {
   return clipped / scale;
 }
 
+// A factor as two, multiplied one after the other: below R's normal numbers a single one has few bits left, or none.
+template <class R>
+struct Factors {
+  R first, second;
+};
+template <class R>
+MLPKIT_HD Factors<R> factors_of(double factor) {
+  const bool tiny = sizeof(R) == 4 && ::fabs(factor) < 0x1p-126;
+  return {static_cast<R>(tiny ? 0x1p-126 : factor), static_cast<R>(tiny ? factor * 0x1p126 : 1)};
+}
+
 struct ScaleState {
   double scale;
   int64_t clean;

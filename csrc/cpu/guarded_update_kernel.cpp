@@ -312,6 +312,10 @@ struct Operand {
     fetch(dtype, from, count, copy);
     return copy;
   }
+  const R* times(R factor, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) copy[i] *= factor;
+    return copy;
+  }
   void end(Dtype dtype, void* to, int64_t count, bool dry) const {
     if (to != nullptr && !dry && !plain<R>(dtype)) put(dtype, copy, count, to);
   }
@@ -325,7 +329,10 @@ void update_as(const RangeUpdate& args) {
   Seen<R> seen;
   double squares = 0;
   const bool moments = args.part == RangeUpdate::moments;
-  const bool in_place = !args.dry && !moments && !args.copy && plain<R>(args.dtype) && plain<R>(args.gradient_dtype);
+  const Factors<R> factors = factors_of<R>(args.factor);
+  const bool once = factors.second == 1;
+  const bool in_place =
+      once && !args.dry && !moments && !args.copy && plain<R>(args.dtype) && plain<R>(args.gradient_dtype);
   const int64_t most = in_place ? args.count : kBlock;
   for (int64_t at = 0; at < args.count; at += most) {
     const int64_t count = args.count - at < most ? args.count - at : most;
@@ -337,8 +344,9 @@ void update_as(const RangeUpdate& args) {
     block.first = first.begin(args.dtype, places[1], count, !args.dry);
     block.second = second.begin(args.dtype, places[2], count, !args.dry);
     block.third = moments ? third.copy : third.begin(args.dtype, places[3], count, !args.dry);
-    block.g = g.begin(args.gradient_dtype, offset(args.g, args.gradient_dtype, at), count, true);
-    update(settings, static_cast<R>(args.factor), block, seen);
+    block.g = g.begin(args.gradient_dtype, offset(args.g, args.gradient_dtype, at), count, once);
+    if (!once) block.g = g.times(factors.first, count);
+    update(settings, once ? factors.first : factors.second, block, seen);
     if (moments) squares += sum_of_squares(third.copy, count);
     if (args.part != RangeUpdate::moments) p.end(args.dtype, places[0], count, args.dry);
     if (args.part != RangeUpdate::parameter) {

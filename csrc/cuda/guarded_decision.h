@@ -197,7 +197,7 @@ MLPKIT_DEVICE bool fails_as(const GuardedUpdateArgs& args, const GuardedTensor& 
   else
     s = read(&args.settings[i].single);
   const void* gradient = gradient_of(args, i);
-  const R times = static_cast<R>(group_of(args, row.group).settings.maximize ? -factor : factor);
+  const Factors<R> times = factors_of<R>(group_of(args, row.group).settings.maximize ? -factor : factor);
   // As rounding to nearest goes, half a unit above the largest number is still that.
   const auto limit_of = [](Dtype dtype) {
     return Smaller::of(largest_of(dtype) * (1 + 0x1p-13), 0x1.fffffffffffffp1023);
@@ -212,7 +212,7 @@ MLPKIT_DEVICE bool fails_as(const GuardedUpdateArgs& args, const GuardedTensor& 
     if (row.second) second = element<R>(row.dtype, row.second, at);
     if (row.third) third = element<R>(row.dtype, row.third, at);
     const R g = element<R>(row.gradient_dtype, gradient, at);
-    update_one<R>(args, s, p, g * times, first, second, third);
+    update_one<R>(args, s, p, g * times.first * times.second, first, second, third);
     const double turned = ::fabs(static_cast<double>(third));
     double largest = ::fabs(static_cast<double>(p));
     // No element of lamb's step is longer than the whole; without a norm it is lr times the direction as it is.

@@ -102,7 +102,7 @@ MLPKIT_DEVICE double update_chunk(const GuardedUpdateArgs& args, const GuardedTe
     s = read(&args.settings[chunk.row].wide);
   else
     s = read(&args.settings[chunk.row].single);
-  const R times = static_cast<R>(factor);
+  const Factors<R> times = factors_of<R>(factor);
   const void* const g = gradient_of(args, chunk.row);
   const auto at_begin = [&](void* data) { return data ? static_cast<T*>(data) + chunk.begin : nullptr; };
   T *const p = at_begin(row.p), *const first = at_begin(row.first);
@@ -123,7 +123,7 @@ MLPKIT_DEVICE double update_chunk(const GuardedUpdateArgs& args, const GuardedTe
     if (third) load_elements<true, kWidth>(third + at, wide, left, w);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      Formula::update(s, x[i], dx[i] * times, m[i], v[i], w[i]);
+      Formula::update(s, x[i], dx[i] * times.first * times.second, m[i], v[i], w[i]);
       // Zeros in the place of elements that do not exist might make NaN: 0 / 0 without eps.
       if (i >= left) continue;
       if (!Touch::moments) largest.see(0, x[i]);

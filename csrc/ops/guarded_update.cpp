@@ -64,6 +64,18 @@ bool same_layout(const at::Tensor& tensor, at::IntArrayRef strides) {
   return true;
 }
 
+Seen seen(const GuardedRow& row) {
+  Seen result;
+  const auto tensors = row.state();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i]->defined()) continue;
+    result.data[i] = tensors[i]->const_data_ptr();
+    if (!tensors[i]->is_inference())
+      result.version[i] = tensors[i]->unsafeGetTensorImpl()->version_counter().current_version();
+  }
+  return result;
+}
+
 GuardedUpdate::GuardedUpdate(Optimizer kind, std::vector<GuardedRow> rows) : kind_(kind), rows_(std::move(rows)) {
   int64_t unit = kUnit;
   for (size_t i = 0; i < rows_.size(); ++i) {
@@ -81,18 +93,6 @@ GuardedUpdate::GuardedUpdate(Optimizer kind, std::vector<GuardedRow> rows) : kin
   units_.push_back(chunks_.size());
   seen_.resize(rows_.size());
   extents_.assign(rows_.size(), {kUnknown, 0, 0, 0});
-}
-
-GuardedUpdate::Seen GuardedUpdate::seen(const GuardedRow& row) const {
-  Seen result;
-  const at::Tensor* tensors[] = {&row.p, &row.first, &row.second, &row.third};
-  for (int i = 0; i < 4; ++i) {
-    if (!tensors[i]->defined()) continue;
-    result.data[i] = tensors[i]->const_data_ptr();
-    if (!tensors[i]->is_inference())
-      result.version[i] = tensors[i]->unsafeGetTensorImpl()->version_counter().current_version();
-  }
-  return result;
 }
 
 namespace {

@@ -24,6 +24,14 @@ struct GuardedRow {
 // Whether a tensor lies in memory as these strides say; those of dimensions of size 1 say nothing.
 bool same_layout(const at::Tensor& tensor, at::IntArrayRef strides);
 
+// Where a row's tensors lay and how often they had been changed.
+struct Seen {
+  const void* data[4] = {};
+  uint32_t version[4] = {};
+  bool operator==(const Seen&) const = default;
+};
+Seen seen(const GuardedRow& row);
+
 struct GuardedOptions {
   double clip = std::numeric_limits<double>::infinity();  // largest global norm
   at::Tensor scale, clean;  // float32 and int32, one element: the loss scale and the clean steps since it changed
@@ -67,16 +75,10 @@ class GuardedUpdate {
   struct Chunk {
     int64_t row, begin, count;
   };
-  struct Seen {  // where a row's tensors lay and how often they had been changed
-    const void* data[4] = {};
-    uint32_t version[4] = {};
-    bool operator==(const Seen&) const = default;
-  };
   struct Run;
 
   template <class Work>
   void each_chunk(const Work& work);
-  Seen seen(const GuardedRow& row) const;
   bool begin_together(const std::vector<uint8_t>& active, const std::vector<uint8_t>& fused) const;
   void take_census(Run& run, double shrink);
   void look(Run& run, const std::vector<uint8_t>& rows);

@@ -17,15 +17,9 @@ std::tuple<at::Tensor, at::Tensor> guarded_update_cpu(
     at::ArrayRef<double> settings, double clip_norm, double growth, double backoff, int64_t growth_interval,
     double floor, double ceiling, bool force) {
   const Optimizer optimizer = guarded_kind_from_name(kind);
-  check_clip(clip_norm);
   const std::vector<GuardedGroup> all = guarded_groups_of(settings);
-  GuardedOptions options;
-  options.clip = clip_norm;
-  options.scale = scale.value_or(at::Tensor());
-  options.clean = clean_steps.value_or(at::Tensor());
-  options.found = found_inf.value_or(at::Tensor());
-  options.rule = {growth, backoff, floor, ceiling, growth_interval};
-  options.force = force;
+  const GuardedOptions options = guarded_options_of(scale, clean_steps, found_inf, clip_norm,
+                                                    {growth, backoff, floor, ceiling, growth_interval}, force);
   GuardedUpdate update(optimizer, guarded_rows_of({params, grads, first, second, third, copies, steps, groups}));
   check_guarded_state(optimizer, update.rows(), all);
   const int64_t rows = static_cast<int64_t>(params.size());

@@ -104,14 +104,7 @@ class CudaUpdate final : public DeviceUpdate {
   void trust_bounds() { remember(true); }
 
  private:
-  struct Seen {  // where a row's tensors lay and how often they had been changed
-    const void* data[4] = {};
-    uint32_t version[4] = {};
-    bool operator==(const Seen&) const = default;
-  };
-
   int64_t count() const { return static_cast<int64_t>(rows_.size()); }
-  Seen seen(const GuardedRow& row) const;
   bool remember(bool keep);
   at::Tensor dense(const at::Tensor& gradient, const GuardedRow& row) const;
   std::vector<cuda::GuardedTensor> describe(const std::vector<at::Tensor>& gradients) const;
@@ -130,18 +123,6 @@ class CudaUpdate final : public DeviceUpdate {
   at::Tensor log_, bounds_;
   std::vector<uint64_t> uploaded_;  // what more_ holds
 };
-
-CudaUpdate::Seen CudaUpdate::seen(const GuardedRow& row) const {
-  Seen result;
-  const at::Tensor* tensors[] = {&row.p, &row.first, &row.second, &row.third};
-  for (int i = 0; i < 4; ++i) {
-    if (!tensors[i]->defined()) continue;
-    result.data[i] = tensors[i]->const_data_ptr();
-    if (!tensors[i]->is_inference())
-      result.version[i] = tensors[i]->unsafeGetTensorImpl()->version_counter().current_version();
-  }
-  return result;
-}
 
 // Whether nobody else has changed a row since the last call. keep: take them as they are.
 bool CudaUpdate::remember(bool keep) {
@@ -341,15 +322,9 @@ std::tuple<at::Tensor, at::Tensor> guarded_update_cuda(
     at::ArrayRef<double> settings, double clip_norm, double growth, double backoff, int64_t growth_interval,
     double floor, double ceiling, bool force) {
   const Optimizer optimizer = guarded_kind_from_name(kind);
-  check_clip(clip_norm);
   const std::vector<GuardedGroup> all = guarded_groups_of(settings);
-  GuardedOptions options;
-  options.clip = clip_norm;
-  options.scale = scale.value_or(at::Tensor());
-  options.clean = clean_steps.value_or(at::Tensor());
-  options.found = found_inf.value_or(at::Tensor());
-  options.rule = {growth, backoff, floor, ceiling, growth_interval};
-  options.force = force;
+  const GuardedOptions options = guarded_options_of(scale, clean_steps, found_inf, clip_norm,
+                                                    {growth, backoff, floor, ceiling, growth_interval}, force);
   std::unique_ptr<DeviceUpdate> update =
       make_device_update(optimizer, guarded_rows_of({params, grads, first, second, third, copies, steps, groups}));
   check_guarded_state(optimizer, update->rows(), all);

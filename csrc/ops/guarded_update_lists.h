@@ -1,5 +1,6 @@
 // The lists that the op guarded_update takes, as rows and groups, checked; for every device's kernel (ops).
 #pragma once
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -70,9 +71,20 @@ inline std::vector<GuardedGroup> guarded_groups_of(at::ArrayRef<double> settings
     groups.push_back(guarded_group_of(settings.data() + i));
   return groups;
 }
-inline void check_clip(double clip_norm) {
+inline GuardedOptions guarded_options_of(const std::optional<at::Tensor>& scale,
+                                         const std::optional<at::Tensor>& clean_steps,
+                                         const std::optional<at::Tensor>& found_inf, double clip_norm,
+                                         const GuardedScale& rule, bool force) {
   TORCH_CHECK_VALUE(clip_norm > 0, "guarded_update: clip_norm is ", clip_norm,
                     "; it must be above 0 (inf: no clipping)");
+  GuardedOptions options;
+  options.clip = clip_norm;
+  options.scale = scale.value_or(at::Tensor());
+  options.clean = clean_steps.value_or(at::Tensor());
+  options.found = found_inf.value_or(at::Tensor());
+  options.rule = rule;
+  options.force = force;
+  return options;
 }
 inline void check_bounds(const at::Tensor& bounds, int64_t rows) {
   TORCH_CHECK_VALUE(bounds.scalar_type() == at::kDouble && bounds.is_contiguous() && bounds.dim() == 2 &&

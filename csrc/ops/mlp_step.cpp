@@ -261,7 +261,10 @@ MlpStepOutcome MlpStep::take(const at::Tensor& x, const at::Tensor& target, cons
   // Written so that NaN is refused.
   if (!(applied <= kLargest) || !std::isfinite(norm) || !work.bounded() || !work.averages_bounded())
     return {false, value, norm};
-  work.update(norm > applied ? applied / norm : 1.0, groups);
+  const double factor = norm > applied ? applied / norm : 1.0;
+  // A float would have few bits left of it, or none.
+  if (factor < 0x1p-126) return {false, value, norm};
+  work.update(factor, groups);
   work.move_averages();
   seed.kept = true;
   return {true, value, norm};

@@ -88,7 +88,13 @@ void fused(Optimizer kind, const GuardedGroup& group, const std::vector<const Gu
 }  // namespace
 
 void scale_gradient(const at::Tensor& gradient, double factor) {
-  gradient.mul_(gradient.scalar_type() == at::kDouble ? factor : static_cast<float>(factor));
+  if (gradient.scalar_type() == at::kDouble) {
+    gradient.mul_(factor);
+    return;
+  }
+  const Factors<float> factors = factors_of<float>(factor);
+  gradient.mul_(factors.first);
+  if (factors.second != 1) gradient.mul_(factors.second);
 }
 
 void torch_update(Optimizer kind, bool by_fused_kernels, const GuardedGroup& group,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 Named = Iterable[tuple[str, Tensor]]
 FINITE = sys.float_info.max
+_SMALLEST = 2.0**-126  # normal float32
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -128,9 +129,20 @@ def scaled_norm(tensors: Sequence[Tensor]) -> float:
 
 
 def multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply all tensors in place by a 0-dim float64 factor: one read and write each."""
+    """Multiply all tensors in place by a 0-dim float64 factor: one read and write each, on a device two.
+
+    Below float32's normal numbers a factor would have few bits left, or none: it is two, one after the other.
+    """
+    tiny = factor.abs() < _SMALLEST
+    first, second = torch.where(tiny, _SMALLEST, factor), torch.where(tiny, factor / _SMALLEST, 1.0)
     for group in _groups(tensors):
-        torch._foreach_mul_(group, factor.to(_wide(group[0].dtype)))
+        wide = _wide(group[0].dtype)
+        if wide == torch.float64:
+            torch._foreach_mul_(group, factor)
+            continue
+        torch._foreach_mul_(group, first.to(wide))
+        if factor.device.type != "cpu" or tiny:
+            torch._foreach_mul_(group, second.to(wide))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -439,8 +439,10 @@ def _scales_itself(optimizer: torch.optim.Optimizer) -> bool:
     """An optimizer, not torch's own, that unscales and skips by itself: asked as torch's scaler asks it."""
     if not getattr(optimizer, "_step_supports_amp_scaling", False) or hasattr(optimizer, "guarded_kind"):
         return False
-    takes = "grad_scaler" in inspect.signature(optimizer.step).parameters
-    return takes or not type(optimizer).__module__.startswith("torch.optim")
+    foreign = not type(optimizer).__module__.startswith("torch.optim")
+    # Reading a signature takes as long as a small update; no step of torch's own has the argument.
+    replaced = "step" in vars(optimizer)
+    return foreign or (replaced and "grad_scaler" in inspect.signature(optimizer.step).parameters)
 
 
 def _readable(scale: float | Tensor | None) -> TypeGuard[Tensor]:

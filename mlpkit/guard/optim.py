@@ -87,7 +87,8 @@ class _Guarded(torch.optim.Optimizer):
 
         closure: evaluates the loss anew, as in torch; its value is returned. scale: what the loss was multiplied by;
         gradients are divided by it, and it moves by its rule. ``grad_scale`` and ``found_inf`` attributes are honoured
-        as torch's fused optimizers honour them. Raises ArgumentError naming a setting that is Inf or NaN.
+        as torch's fused optimizers honour them; with either, hooks see gradients still scaled, as with those. Raises
+        ArgumentError naming a setting that is Inf or NaN.
         """
         hooks = (
             self._optimizer_step_pre_hooks,
@@ -97,13 +98,15 @@ class _Guarded(torch.optim.Optimizer):
         )
         # torch calls the hooks around a subclass's step, which came here.
         if any(hooks) and not self.steps_itself():
-            return torch.optim.Optimizer.profile_hook_step(type(self)._take)(self, closure, scale)
+            given = () if closure is None else (closure,)
+            named: dict[str, Any] = {} if scale is None else {"scale": scale}
+            return torch.optim.Optimizer.profile_hook_step(type(self)._take)(self, *given, **named)
         return self._take(closure, scale)
 
     # Said to torch.optim.Optimizer, whose wrapper would open a profiler range: hooks are called above.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _take(self, closure: Callable[[], Any] | None, scale: DeviceScale | None) -> Any:
+    def _take(self, closure: Callable[[], Any] | None = None, scale: DeviceScale | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

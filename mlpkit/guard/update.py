@@ -107,12 +107,13 @@ def as_torch_now(optimizer: Any) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or watching_functions():
         return False
-    # A rate that is a tensor takes part in torch's arithmetic as one.
-    return not any(
-        isinstance(number, Tensor)
-        for group in optimizer.param_groups
-        for number in (group["lr"], group["weight_decay"], *group.get("betas", ()))
-    )
+    for group in optimizer.param_groups:
+        # A rate that is a tensor takes part in torch's arithmetic as one.
+        if not (isinstance(group["lr"], (float, int)) and isinstance(group["weight_decay"], (float, int))):
+            return False
+        if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
+            return False
+    return True
 
 
 class FusedUpdate:

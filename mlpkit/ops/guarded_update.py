@@ -133,6 +133,17 @@ def guarded_update(
     float16 or eps 0, and the upload of the list, which ``mlpkit.guard.optim`` keeps there.
     Raises ArgumentError, ValueError or TypeError for tensors that do not fit each other, DeviceError off CPU and CUDA.
     """
+    _check(params, kind)
+    lists = [list(tensors) for tensors in (params, grads, first, second, third, copies, steps)]
+    places = [0] * len(params) if groups is None else list(groups)
+    numbers = [float(number) for group in settings for number in astuple(group)]
+    moves = (rule.growth, rule.backoff, rule.interval, rule.floor, rule.ceiling)
+    tensors = (*lists, scale, clean_steps, found_inf, bounds)
+    with torch.no_grad():
+        return Outcome(*torch.ops.mlpkit.guarded_update(*tensors, kind, places, numbers, clip_norm, *moves, force))
+
+
+def _check(params: Sequence[Tensor], kind: str) -> None:
     if len(params) == 0:
         raise ArgumentError("guarded_update: params is empty; it must hold at least one tensor")
     if kind not in KINDS:
@@ -145,32 +156,6 @@ def guarded_update(
                 f"guarded_update: parameter {index} is on {tensor.device}, whose kernels no device has proven yet; "
                 "MLPKIT_CUDA_KERNELS=all takes them"
             )
-    with torch.no_grad():
-        return Outcome(
-            *torch.ops.mlpkit.guarded_update(
-                list(params),
-                list(grads),
-                list(first),
-                list(second),
-                list(third),
-                list(copies),
-                list(steps),
-                scale,
-                clean_steps,
-                found_inf,
-                bounds,
-                kind,
-                [0] * len(params) if groups is None else list(groups),
-                [float(number) for group in settings for number in astuple(group)],
-                clip_norm,
-                rule.growth,
-                rule.backoff,
-                rule.interval,
-                rule.floor,
-                rule.ceiling,
-                force,
-            )
-        )
 
 
 @torch.library.register_fake("mlpkit::guarded_update")  # type: ignore[untyped-decorator]
