@@ -97,7 +97,7 @@ def page_of(path: Path) -> str:
     question, rest = words_of(path)
     return (
         f"---\nhide: [toc]\n---\n\n# {question}\n\n{rest}\n\n{both(path.stem, question)}\n"
-        f"It prints:\n\n```text\n{printed_by(path)}```\n\n"
+        f"It prints:\n\n```output\n{printed_by(path)}```\n\n"
         f"## The code\n\n`examples/{path.name}`; what it imports from `common` is [here](common.md).\n\n"
         f"```python\n{path.read_text()}```\n"
     )

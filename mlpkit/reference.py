@@ -82,6 +82,7 @@ def dropout_mask(rows: int, cols: int, p: float, seed: int, offset: int = 0, str
 def activate(z: Tensor, activation: str, slope: float | Tensor | None = None) -> Tensor:
     """The named activation of z by stock PyTorch; slope: a float for leaky_relu (0.01 if None), a tensor for prelu.
 
+    z: any shape, floating; returns its shape and dtype. prelu's slope: 1 element, or one a feature of (rows, features).
     Raises ArgumentError when the name is unknown or prelu has no slope.
     """
     if activation == "leaky_relu":
@@ -136,8 +137,9 @@ def norm_act_dropout(
 ) -> Tensor:
     """Same as ``act(F.batch_norm(z, ...)) * keep * scale``, or with ``F.layer_norm``, or with no norm.
 
-    z: (..., features), whose leading dimensions are rows; arguments as ``functional.norm_act_dropout``'s, and the
-    running averages are moved as there. Differentiable as often as its parts are. Raises ArgumentError as
+    z: (..., features), whose leading dimensions are rows, of any floating dtype; weight, bias, running_mean,
+    running_var: (features,) or None; slope and seed as ``functional.norm_act_dropout``'s, and the running averages are
+    moved as there. Differentiable as often as its parts are. Raises ArgumentError as
     ``linear_act_dropout`` here, and for an unknown norm.
     """
     if norm not in (None, "batch", "layer"):

@@ -96,6 +96,19 @@ def test_native_includes_point_down_and_torch_stays_in_ops(path):
         assert not (foreign and foreign.match(name)), f"{path.name} includes {name}: torch's headers stay in csrc/ops"
 
 
+def test_the_map_in_contributing_is_the_tree():
+    """Every folder that holds code is on the map, and everything on the map is there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`([\w./*]+)`", text.partition("| folder |")[2].partition("\nImports")[0]))
+    for name in named - {"mlpkit._C", "mlpkit bench"}:
+        assert list(ROOT.glob(name)) or (PACKAGE / name).exists(), f"CONTRIBUTING.md names {name}"
+    folders = [path for base in (ROOT, PACKAGE, NATIVE) for path in base.iterdir() if path.is_dir()]
+    tracked = [path for path in folders if not path.name.startswith((".", "_")) and path != ROOT / "build"]
+    homes = {str(path.relative_to(ROOT)) for path in tracked if any(path.rglob("*.*"))}
+    unbuilt = {name for name in homes if name not in {"mlpkit", "csrc", "shared", "out", "dist"}}
+    assert unbuilt <= named, f"not on the map: {sorted(unbuilt - named)}"
+
+
 def test_an_op_has_one_name_in_every_layer():
     import mlpkit
 

@@ -45,8 +45,9 @@ def mlp(
     layers: slope a float (leaky_relu), or prelu's tensor, one for all or one a hidden layer; p a number or one a hidden
     layer. One seed serves the network, layer i drawing its mask from stream i.
 
-    norm: ``"batch"`` or ``"layer"`` makes a hidden layer linear and then ``norm_act_dropout``, whose arguments those
-    after it are: lists of one or none a hidden layer, momentum, eps and frozen for all.
+    norm: ``"batch"`` or ``"layer"`` makes a hidden layer linear and then ``norm_act_dropout``, whose arguments
+    norm_weights, norm_biases, running_means and running_vars are: lists of one (out_features,) or None a hidden layer;
+    momentum, eps and frozen are for all.
 
     Values, gradients and masks are bit for bit those of the layers called one by one. Errors as theirs, plus
     ArgumentError for counts that do not fit. Differentiable once; under ``torch.func`` transforms as

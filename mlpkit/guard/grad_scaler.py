@@ -192,7 +192,10 @@ class GradScaler(torch.amp.GradScaler):
             raise
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        """As torch's, within floor and ceiling; then the policies act. Raises NonFiniteError where they say so."""
+        """As torch's, within floor and ceiling; then the policies act. Raises NonFiniteError where they say so.
+
+        new_scale: a float, or a float32 tensor of one element; ArgumentError unless it and its reciprocal are finite.
+        """
         if not self._enabled:
             return
         scale, tracker = self._check_scale_growth_tracker("update")

@@ -67,7 +67,11 @@ class History:
         record: SkipRecord | None = None,
         headroom: float | None = None,
     ) -> None:
-        """One step: its unscaled loss, unscaled gradient norm, scale, and the record if it was skipped."""
+        """One step: its unscaled loss, unscaled gradient norm, scale, and the record if it was skipped.
+
+        loss, norm: numbers, or scalar tensors of any floating dtype, which are read when the history is: raises
+        nothing. headroom: bits to the dtype's largest number.
+        """
         self._entries.append(_Entry(step, loss, norm, scale, headroom, record))
 
     def amend(self, record: SkipRecord) -> None:

@@ -24,7 +24,8 @@ class LossSpec:
     kind: a key of ``LOSSES``. reduction: ``"mean"`` or ``"sum"``. The rest as the loss module of torch defines it, at
     its default where the kind has no such setting: label_smoothing and ignore_index of cross_entropy; weight of
     cross_entropy (one a class: its mean divides by the sum of the targets' weights) and of bce (broadcast to the
-    output); pos_weight of bce; delta of huber.
+    output); pos_weight of bce (shape as weight's there); delta of huber. Tensors are of any floating dtype. Nothing is
+    checked here: who uses the loss raises ArgumentError or ShapeError.
     """
 
     kind: str

@@ -276,7 +276,8 @@ class LARS(_Guarded):
     """SGD with momentum whose rate in each tensor is lr * trust * |p| / (|g| + weight_decay |p|), lr where one is 0.
 
     You, Gitman, Ginsburg: "Large batch training of convolutional networks" (2017). State: ``momentum_buffer``. trust:
-    the paper's coefficient. l1 and clip_norm as in ``SGD``. Raises ArgumentError for a negative or wrong setting.
+    the paper's coefficient. lr: a number, or a float32 scalar tensor. l1 and clip_norm as in ``SGD``. Raises
+    ArgumentError for a negative or wrong setting.
     """
 
     guarded_kind = "lars"
@@ -307,7 +308,8 @@ class LAMB(_Guarded):
 
     You et al.: "Large batch optimization for deep learning: training BERT in 76 minutes" (ICLR 2020), with m and v
     corrected for their bias; the quotient of norms is 1 where one of them is 0. State: ``step``, ``exp_avg``,
-    ``exp_avg_sq``. l1 and clip_norm as in ``AdamW``. Raises ArgumentError for a negative or wrong setting.
+    ``exp_avg_sq``. lr: a number, or a float32 scalar tensor. l1 and clip_norm as in ``AdamW``. Raises ArgumentError for
+    a negative or wrong setting.
     """
 
     guarded_kind = "lamb"

@@ -141,6 +141,9 @@ class Window:
 class StepResult:
     """What one call of a ``TrainStep`` did. ``loss`` and ``grad_norm`` stay on the device until they are read.
 
+    Made by ``TrainStep``; its fields are plain floats (of scalar tensors), bools and texts, and reading them raises
+    nothing.
+
     With ``accumulate=N`` the N results of a step share its fate: until the last call ``done`` and ``skipped`` are False
     and ``grad_norm`` and ``culprit`` None.
     """

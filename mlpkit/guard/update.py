@@ -47,7 +47,7 @@ class DeviceScale:
         self.numbers = (rule.growth, rule.backoff, rule.interval, rule.floor, rule.ceiling)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """``loss * scale``, in float32 at least: a half-precision loss would overflow."""
+        """``loss * scale``, in float32 at least: a half-precision loss would overflow. loss: any shape."""
         return (loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss) * self.value
 
 

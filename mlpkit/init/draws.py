@@ -16,28 +16,42 @@ NORMAL_STD = 0.01
 def xavier_uniform(weight: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Same as ``nn.init.xavier_uniform_``: uniform with variance 2 / (fan_in + fan_out). Glorot and Bengio (2010).
 
-    weight: (out, in, ...), filled in place and returned. Raises ShapeError below two dimensions, as all draws here.
+    weight: (out, in, ...) of any floating dtype, filled in place and returned; generator: torch's own if None, on the
+    weight's device. Raises ShapeError below two dimensions.
     """
     return _uniform(weight, "xavier_uniform", generator)
 
 
 def xavier_normal(weight: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Same as ``nn.init.xavier_normal_``: normal with variance 2 / (fan_in + fan_out). Glorot and Bengio (2010)."""
+    """Same as ``nn.init.xavier_normal_``: normal with variance 2 / (fan_in + fan_out). Glorot and Bengio (2010).
+
+    weight, generator and ShapeError as for ``xavier_uniform``: (out, in, ...), any floating dtype, filled in place.
+    """
     return _normal(weight, "xavier_normal", generator)
 
 
 def he_uniform(weight: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Same as ``nn.init.kaiming_uniform_(nonlinearity="relu")``: variance 2 / fan_in. He et al. (2015)."""
+    """Same as ``nn.init.kaiming_uniform_(nonlinearity="relu")``: variance 2 / fan_in. He et al. (2015).
+
+    weight, generator and ShapeError as for ``xavier_uniform``: (out, in, ...), any floating dtype, filled in place.
+    """
     return _uniform(weight, "he_uniform", generator)
 
 
 def he_normal(weight: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Same as ``nn.init.kaiming_normal_(nonlinearity="relu")``: variance 2 / fan_in. He et al. (2015)."""
+    """Same as ``nn.init.kaiming_normal_(nonlinearity="relu")``: variance 2 / fan_in. He et al. (2015).
+
+    weight, generator and ShapeError as for ``xavier_uniform``: (out, in, ...), any floating dtype, filled in place.
+    """
     return _normal(weight, "he_normal", generator)
 
 
 def normal(weight: Tensor, std: float = NORMAL_STD, *, generator: torch.Generator | None = None) -> Tensor:
-    """Same as ``nn.init.normal_(std=std)``. Raises ArgumentError when std is not a finite number above 0."""
+    """Same as ``nn.init.normal_(std=std)``: weight and generator as for ``xavier_uniform``.
+
+    weight: (out, in, ...), any floating dtype, filled in place. Raises ShapeError below two dimensions, ArgumentError
+    when std is not a finite number above 0.
+    """
     fans(weight)
     with torch.no_grad():
         return weight.normal_(0.0, _std(std), generator=generator)

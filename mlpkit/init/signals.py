@@ -83,9 +83,9 @@ def _row(layer: LayerCheck) -> list[str]:
 def check(model: nn.Module, batch: Tensor | Sequence[Any] | Mapping[str, Any], *, init: str | None = None) -> InitCheck:
     """Send a batch through the model and unit normal noise back: how do variances travel, which units cannot learn?
 
-    batch: what the model takes, a tensor, tuple or dict. Dropout is off and norms use batch statistics, as at the start
-    of training. init: the rule to compare weights with; if None the model's own ``init``, else Xavier.
-    A layer is a linear or convolution module, with whatever modules follow it up to the next; an activation called as a
+    batch: what the model takes, a tensor (rows, ...), tuple or dict. Dropout is off and norms use batch statistics, as
+    at the start of training. init: the rule to compare weights with; if None the model's own ``init``, else Xavier. A
+    layer is a linear or convolution module, with whatever modules follow it up to the next; an activation called as a
     function counts where the next layer takes its result. Mode, gradients, buffers and random state stay as they are.
     Raises ArgumentError when the model has no layer or its output is no floating tensor.
     """

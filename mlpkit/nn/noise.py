@@ -22,7 +22,8 @@ class DropConnect(FusedLinear):
     x: (..., in_features); returns (..., out_features), x's dtype. weight_dropout: probability to drop a weight;
     survivors are scaled by the inverse of the realised share, so the expected weight is the weight. One mask serves a
     whole batch, where Wan et al. draw one a row, and biases are kept. In eval the weights are used as they are, which
-    is the mean-weight approximation in place of Wan et al.'s Gaussian sampling. ``to_sequential`` copies the layer of
+    is the mean-weight approximation in place of Wan et al.'s Gaussian sampling. slope, dropout and the rest are as in
+    FusedLinear. ``to_sequential`` copies the layer of
     eval: stock PyTorch drops no weights.
 
     The mask is ``mlpkit.reference.dropout_mask(out_features, in_features, weight_dropout, seed, offset,

@@ -23,6 +23,7 @@ class MCPrediction:
 
     variance: between samples, unbiased. entropy: of the mean probabilities; mutual_information: entropy less the mean
     of the samples' own entropies, which is what the network does not know about itself; (rows, ...), both in nats.
+    float32, float64 for a float64 model. Made by ``predict_mc``, whose errors are the only ones.
     """
 
     mean: Tensor

@@ -16,10 +16,9 @@ from mlpkit.population.population import Population
 class Ensemble(nn.Module):
     """The weighted average of several networks over the same inputs.
 
-    x: (..., in_features). Returns averaged probabilities for "cross_entropy" and "brier" (softmax) and "bce" (sigmoid),
-    averaged numbers otherwise, after exp for a population with log_target. weights: one a model, above 0, made to sum
-    to 1.
-    Raises ArgumentError where models and weights do not fit.
+    x: (..., in_features), of the models' dtype. Returns averaged probabilities for "cross_entropy" and "brier"
+    (softmax) and "bce" (sigmoid), averaged numbers otherwise, after exp for a population with log_target. weights: one
+    a model, above 0, made to sum to 1. Raises ArgumentError where models and weights do not fit.
     """
 
     weights: Tensor
