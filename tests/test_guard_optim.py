@@ -132,6 +132,24 @@ def test_lars_and_lamb_follow_their_papers_in_fp64(name, l1):
             assert torch.allclose(p, wanted, rtol=1e-12, atol=1e-12), f"step {step}"
 
 
+@pytest.mark.parametrize("name", ["LARS", "LAMB"])
+@pytest.mark.parametrize("size", [1e-22, 1.0, 1e22])
+def test_norms_of_lars_and_lamb_are_of_fp64_whatever_the_size(name, size):
+    # Squares of 1e22 overflow float32, those of 1e-22 underflow.
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(size * torch.randn(1 << 16, generator=generator))
+    p.grad = torch.randn(1 << 16, generator=generator)
+    before = p.detach().double()
+    extra = {"trust": 1.0} if name == "LARS" else {"eps": 1e-30, "weight_decay": 0.0}
+    optimizer = make(name, [p], lr=0.5, **extra)
+    optimizer.step()
+    assert optimizer.skipped == 0
+    moved = before - p.detach().double()
+    assert float(moved.norm()) == pytest.approx(0.5 * float(before.norm()), rel=1e-6)
+    direction = p.grad.double() if name == "LARS" else p.grad.double().sign()
+    assert moved @ direction > (1 - 1e-9) * moved.norm() * direction.norm()
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("kind", [INF, -INF, NAN])
 @pytest.mark.parametrize("steps", [0, 3])

@@ -185,5 +185,5 @@ def test_a_train_step_is_the_plain_loop(name, way):
         if index == 10:
             assert step(inputs * float("inf"), target).skipped
         assert not step(inputs, target).skipped
-    assert step._direct._update is not None  # the native call took them
+    assert step._decision.direct._update is not None  # the native call took them
     same(ours, theirs, list(mine.parameters()), list(other.parameters()))

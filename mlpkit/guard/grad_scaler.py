@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeGuard
@@ -30,11 +28,11 @@ from mlpkit.guard.policy import Policy
 from mlpkit.guard.ranks import Ranks, unwrapped
 from mlpkit.guard.record import SkipRecord
 from mlpkit.guard.scale import ScaleChange, check_rule, check_scale
+from mlpkit.guard.scaled_losses import ScaledLosses
 from mlpkit.guard.state import OptimizerCopy, parameters_of, state_of
 from mlpkit.guard.update import FusedUpdate
 
 _OWNER = "GradScaler"
-_MOST_LOSSES = 256  # that are looked at together, between two updates
 
 
 @dataclass
@@ -111,9 +109,7 @@ class GradScaler(torch.amp.GradScaler):
         self._warned = False
         self._iteration: list[SkipRecord] = []
         self._backs_off = False  # a skip of this iteration asks for a lower scale
-        self._losses: deque[Tensor] = deque(maxlen=_MOST_LOSSES)
-        self._fed: deque[Tensor] = deque(maxlen=_MOST_LOSSES)  # those whose backward the next step follows
-        self._stepped = False  # since the last backward
+        self._losses = ScaledLosses()
         self._optimizers: weakref.WeakKeyDictionary[Any, _Optimizer] = weakref.WeakKeyDictionary()
         self._gate: Gate | None = None
         self._names: dict[int, str] = {}
@@ -159,9 +155,9 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return outputs
         if isinstance(outputs, Iterable) and not isinstance(outputs, (Tensor, list, tuple)):
-            outputs = self._watched(outputs)
+            outputs = self._losses.watched(outputs)
         else:
-            self._watch(outputs)
+            self._losses.watch(outputs)
         return super().scale(outputs)
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -239,7 +235,6 @@ class GradScaler(torch.amp.GradScaler):
             self._gate.buffers.restore()
             self._gate.close()
         self._losses.clear()
-        self._fed.clear()
         self._iteration, self._backs_off = [], False
         self._per_optimizer_states.pop(id(optimizer), None)
 
@@ -247,11 +242,9 @@ class GradScaler(torch.amp.GradScaler):
         step, self.steps = self.steps, self.steps + 1
         record = skips[0] if skips else None
         if self.history is not None:
-            loss = self._losses[-1] if self._losses else torch.tensor(torch.nan)
             bits = headroom.least(self.headroom) if self._on_cpu else None
-            self.history.add(step, loss, self._norm, scale, record, bits)
+            self.history.add(step, self._losses.last(), self._norm, scale, record, bits)
         self._losses.clear()
-        self._fed.clear()
         if self._gate is not None:
             self._gate.close()
         self.skipped += bool(skips)
@@ -262,8 +255,7 @@ class GradScaler(torch.amp.GradScaler):
     ) -> float | None:
         kept = self._kept(optimizer)
         names = self._names_in(optimizer, kept)
-        self._stepped = True
-        attempt = Attempt(optimizer, update, names, kept.saved, self._ranks, tuple(self._fed))
+        attempt = Attempt(optimizer, update, names, kept.saved, self._ranks, self._losses.step())
         attempt.found = list(self._found_inf_per_device(optimizer).values())
         if kept.unscaled_by_caller:
             attempt.largest = kept.absmax.last()
@@ -301,7 +293,7 @@ class GradScaler(torch.amp.GradScaler):
     def _record(self, verdict: Verdict, optimizer: torch.optim.Optimizer, kept: _Optimizer, found: bool) -> SkipRecord:
         where, finding = verdict
         culprit, note, scale = finding.name, "", self.get_scale()
-        bad_loss = first_bad(("loss", loss) for loss in self._fed or self._losses)
+        bad_loss = first_bad(("loss", loss) for loss in self._losses.suspects())
         if bad_loss and where in ("gradient", "loss"):
             if self._gate is not None and self._ranks is not None and self._ranks.alone:
                 place, name, origin, note = self._gate.culprit(bad_loss)
@@ -325,7 +317,7 @@ class GradScaler(torch.amp.GradScaler):
             where=where,
             parameters=saved,
             scale=scale,
-            loss=self._worst_loss(),
+            loss=self._losses.worst(),
             culprit=culprit,
             note=note,
             nature=nature,
@@ -335,11 +327,6 @@ class GradScaler(torch.amp.GradScaler):
             op=event.get("op"),
             cause=event.get("cause"),
         )
-
-    def _worst_loss(self) -> float:
-        """The first loss that is not finite, else the last one."""
-        losses = [float(loss) for loss in self._fed or self._losses] or [math.nan]
-        return next((loss for loss in losses if not math.isfinite(loss)), losses[-1])
 
     def _unscale(self, optimizer: torch.optim.Optimizer, *, by_caller: bool) -> None:
         if self._enabled and self._stage(optimizer) is OptState.READY and self._scale is not None:
@@ -373,31 +360,6 @@ class GradScaler(torch.amp.GradScaler):
             kept.names = names_or_places(optimizer, self._names)
         return kept.names
 
-    def _watch(self, outputs: Any) -> None:
-        if isinstance(outputs, Tensor):
-            if outputs.numel() and outputs.is_floating_point():
-                seen = outputs.detach()
-                # A copy: the caller may change the loss in place.
-                seen = seen.reshape(()).clone() if seen.numel() == 1 else seen.abs().amax()
-                self._losses.append(seen)
-                if outputs.grad_fn is not None:
-                    outputs.grad_fn.register_prehook(partial(self._feed, seen))
-        elif isinstance(outputs, (list, tuple)):
-            for output in outputs:
-                self._watch(output)
-
-    def _feed(self, loss: Tensor, _: Any) -> None:
-        """Its backward begins. The first one after a step is another optimizer's, as in a loop of two networks."""
-        if self._stepped:
-            self._fed.clear()
-            self._stepped = False
-        self._fed.append(loss)
-
-    def _watched(self, outputs: Iterable[Any]) -> Iterator[Any]:
-        for output in outputs:
-            self._watch(output)
-            yield output
-
     def _warn_once(self) -> None:
         if self._gate is None and not self._warned:
             self._warned = True
@@ -430,7 +392,7 @@ class GradScaler(torch.amp.GradScaler):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state.update(_optimizers=None, _gate=None, _names={}, _ranks=None, _absmax=None, _norm=None)
-        state.update(_losses=deque(maxlen=_MOST_LOSSES), _fed=deque(maxlen=_MOST_LOSSES))
+        state.update(_losses=ScaledLosses())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 
 from mlpkit._events import announce, listened_to
 from mlpkit.errors import ArgumentError
-from mlpkit.guard import bounds, census, checks, headroom
+from mlpkit.guard import checks, headroom
 from mlpkit.guard.aftermath import Aftermath
-from mlpkit.guard.census import Finding
-from mlpkit.guard.culprit import Evidence, bad_state_error, bad_state_of, explained, forward_culprit, make_record
-from mlpkit.guard.direct import DirectUpdate
+from mlpkit.guard.decision import Decision
 from mlpkit.guard.history import History
 from mlpkit.guard.losses import Loss, describe, own_loss, resolve
 from mlpkit.guard.native import NativeStep
@@ -29,7 +26,7 @@ from mlpkit.guard.record import SkipRecord, StepResult, Window
 from mlpkit.guard.replay import MicroBatch, call, random_state, set_random_state
 from mlpkit.guard.scale import LossScale, ScaleChange, check_scale, scaled
 from mlpkit.guard.small import SmallStep, SmallWindow
-from mlpkit.guard.state import Buffers, OptimizerCopy, Places, parameters_of, state_of
+from mlpkit.guard.state import Buffers, OptimizerCopy, Places, parameters_of
 
 
 class TrainStep:
@@ -106,7 +103,7 @@ class TrainStep:
         self._aftermath = Aftermath(policy, self, self._ranks, self._buffers.sentinels)
         self._absmax = headroom.AbsmaxHistory()
         self._saved = OptimizerCopy(optimizer)
-        self._direct = DirectUpdate(self._inner, optimizer)
+        self._decision = Decision(self)
         self._batches: list[MicroBatch] = []
         self._live_buffers: list[Tensor] = []
         self._window = Window()
@@ -279,7 +276,7 @@ class TrainStep:
         """Decide on the whole step, then let it stand or put everything back."""
         step, scale = self.steps, self.scale
         try:
-            record = self._decide(scale)
+            record = self._decision.make(self._batches, self._live_buffers, scale, self._window)
             if record is not None and self._aftermath.wants_fp32(record):
                 record = self._again_in_fp32(record)
         except BaseException:
@@ -330,103 +327,13 @@ class TrainStep:
             for batch in batches:
                 set_random_state(batch.random_state, self._device)
                 batch.loss.copy_(self._forward_backward(batch.inputs, batch.target, 1.0))
-            again = self._decide(1.0)
+            again = self._decision.make(self._batches, self._live_buffers, 1.0, self._window)
         finally:
             self._full_precision = False
             set_random_state(drawn, self._device)
         if again is None:
             return replace(record, action="fp32 step")
         return replace(record, note=f"{record.note} The step in float32 failed too.".strip())
-
-    def _decide(self, scale: float) -> SkipRecord | None:
-        """None when the update was made and is finite; otherwise the record, with everything put back."""
-        if self._ranks.alone and not self._ranks.sharded:
-            losses = [batch.loss for batch in self._batches]
-            norm = self._direct.take(losses, self._live_buffers, scale, self.clip_norm, self._absmax)
-            if norm is not None:
-                self._window.norm = norm
-                return None
-        evidence = Evidence(self._inner, self.optimizer, self._batches, self._buffers)
-        readings = census.Readings()
-        provable = bounds.provable(self.optimizer)
-        losses = [batch.loss for batch in self._batches]
-        update_norm = self._prepare_gradients(evidence, scale)
-        readings.add(update_norm, bounds.LARGEST if provable else census.FINITE)
-        readings.add(torch.stack([loss.reshape(()) for loss in losses]).abs())
-        readings.add_norms(self._live_buffers)
-        # Read once: before the update where its formula can vouch for it, and on the CPU, where reading is free.
-        if provable or self._reads_are_free:
-            if provable:
-                bounds.add_readings(readings, self.optimizer)
-            if self._ranks.exceeded(readings, losses):
-                verdict = self._ranks.common(evidence.verdict())
-                if verdict:
-                    return self._roll_back(evidence, verdict, scale)
-            elif provable:
-                self.optimizer.step()
-                return None
-            readings = census.Readings()
-        return self._try_update(evidence, readings, scale)
-
-    def _try_update(self, evidence: Evidence, readings: census.Readings, scale: float) -> SkipRecord | None:
-        """Update with a copy to fall back on."""
-        self._saved.take()
-        evidence.updated = True
-        try:
-            # Ours would skip a bad step by themselves, and what would come of it is to be seen.
-            self._direct.force()
-        except Exception:
-            # An optimizer may itself refuse bad gradients; what it refuses otherwise is the caller's to see.
-            verdict = evidence.verdict()
-            if not verdict:
-                raise
-            return self._roll_back(evidence, verdict, scale)
-        readings.add_norms([*parameters_of(self.optimizer), *(tensor for _, tensor in state_of(self.optimizer, {}))])
-        exceeded = self._ranks.exceeded(readings, [batch.loss for batch in evidence.batches])
-        verdict = self._ranks.common(evidence.verdict()) if exceeded else None
-        return self._roll_back(evidence, verdict, scale) if verdict else None
-
-    def _prepare_gradients(self, evidence: Evidence, scale: float) -> Tensor:
-        """Unscale and clip in place; returns the norm that the update will see, 0-dim float64, not finite if bad."""
-        named = checks.check_gradients(self._inner, self.optimizer)
-        gradients = [census.local(gradient) for _, gradient in named]
-        self._absmax.add([name for name, _ in named], gradients, scale)
-        free = self._reads_are_free
-        measure = partial(census.whole_norm, exact=self.clip_norm is not None or not free, free=free)
-        norm = self._ranks.global_norm([gradient for _, gradient in named], measure)
-        evidence.norm = self._window.norm = norm = norm / scale
-        if self.clip_norm is None and scale == 1:
-            return norm
-        factor = torch.full_like(norm, 1 / scale)
-        if self.clip_norm is not None:
-            factor = factor * (self.clip_norm / norm).clamp(max=1.0)
-        # Bad gradients stay as they are, so that an Inf is still an Inf when the culprit is looked for.
-        finite = torch.isfinite(norm)
-        factor = torch.where(finite, factor, 1.0)
-        if not (free and factor == 1):
-            census.multiply(gradients, factor)
-        return norm if self.clip_norm is None else torch.where(finite, norm.clamp(max=self.clip_norm), norm)
-
-    def _roll_back(self, evidence: Evidence, verdict: tuple[str, Finding, int], scale: float) -> SkipRecord:
-        """Put everything back and name the culprit; raises NonFiniteError when the state was bad before the step."""
-        self._restore()
-        found = self._ranks.common(bad_state_of(self._inner, self.optimizer, self._buffers))
-        if found and not self._aftermath.can_go_back:
-            raise bad_state_error("TrainStep", *found)
-        if found:
-            place, finding = found
-            verdict = ("state", replace(finding, name=f"{place} {finding.name!r}"), 0)
-
-        def trace_forward(batch: MicroBatch, finding: Finding) -> tuple[str, str, Finding, str]:
-            together, itself = not self._ranks.alone, self._ranks.sharded
-            return forward_culprit(
-                self._inner, batch, finding, self._device, self._autocast, together=together, itself=itself
-            )
-
-        record = make_record(self.steps, verdict, evidence, scale, trace_forward)
-        if self._ranks.sharded:
-            self._buffers.restore()
-        return self._ranks.told(explained(record, self._loss_scale, self._absmax))
 
     def _after_update(self, step: int, *, scaled: bool) -> None:
         if self._loss_scale and scaled:
