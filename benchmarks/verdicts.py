@@ -108,11 +108,11 @@ def wavy(seed: int, rows: int = 2000) -> tuple[Any, Any]:
 
 
 def flipped(seed: int) -> tuple[Any, Any]:
-    """Few rows, many columns, a fifth of the labels wrong: a wide layer learns the labels by heart."""
+    """Eight columns, of which two matter, and a fifth of the labels wrong: a wide layer learns the labels by heart."""
     rng = np.random.default_rng(seed)
-    X = rng.normal(size=(400, 12))
-    y = (X[:, 0] * X[:, 1] + X[:, 2] * X[:, 3] > 0).astype(int)
-    return X, np.where(rng.random(400) < 0.2, 1 - y, y)
+    X = rng.normal(size=(500, 8))
+    y = (X[:, 0] * X[:, 1] > 0).astype(int)
+    return X, np.where(rng.random(500) < 0.2, 1 - y, y)
 
 
 def scarce(seed: int) -> tuple[Any, Any]:
@@ -122,16 +122,20 @@ def scarce(seed: int) -> tuple[Any, Any]:
 
 def plenty(seed: int) -> tuple[Any, Any]:
     if seed % 2:
-        return make_moons(1500, noise=0.2, random_state=seed)  # type: ignore[no-any-return]
+        return make_moons(1000, noise=0.2, random_state=seed)  # type: ignore[no-any-return]
     rng = np.random.default_rng(seed)
-    X = rng.normal(size=(2000, 2))
-    return X, X[:, 0] ** 2 + X[:, 1] + 0.5 * rng.normal(size=2000)
+    X = rng.normal(size=(1000, 2))
+    return X, X[:, 0] ** 2 + X[:, 1] + 0.5 * rng.normal(size=1000)
 
 
 # Searches
 
 LR = {"layers": 1, "width": 32, "optimizer": "adamw", "schedule": "constant", "activation": "relu", "dropout": 0.0}
-SLOPE = {**LR, "optimizer": "sgd", "momentum": 0.9, "batch_size": 32, "epochs": 50}
+SLOPE = {
+    **LR, "optimizer": "sgd", "momentum": 0.9, "batch_size": 32, "epochs": 50, "norm": None, "init": "xavier_uniform",
+    "weight_decay": 1e-4, "l1": 0.0, "loss": ["mse", "cross_entropy"], "label_smoothing": 0.0, "scaling": "standard",
+    "log_target": False,
+}  # fmt: skip
 
 
 def over(lr: tuple[float, float], **more: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class FakeTrainer:
         return outcome
 
 
-def searching(monkeypatch, quality, *, space=None, budget="1000 trials", rows=60, cv=5, seed=0, **fake):
+def searching(monkeypatch, quality, *, space=None, budget="200 trials", rows=60, cv=5, seed=0, **fake):
     """(Search, its FakeTrainer) over a small table of two classes."""
     faked = FakeTrainer(quality, **fake)
     monkeypatch.setattr(trainer, "train_members", faked)

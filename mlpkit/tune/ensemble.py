@@ -68,7 +68,7 @@ def choose(search: Search, climb: Climb) -> Committee | None:
     """Greedy selection with repetition (Caruana et al., 2004) over finished candidates of the winner's encoding.
 
     Selection is on the test rows of the folds. What it is worth is told by fold: chosen on the other folds, scored on
-    this one. ``better`` if loss or score of the rows gains more than one SE over the winner and neither gets worse.
+    this one. ``better`` if loss or score of the rows gains more than one SE over the winner and neither loses that.
     None where linear is enough, where fewer than two candidates qualify, or where outputs were not kept.
     """
     winner = climb.winner
@@ -94,7 +94,7 @@ def choose(search: Search, climb: Climb) -> Committee | None:
     scores = scores_of(search, encoding, outputs)
     step, score_step = _step(torch.cat(saved).numpy()), _step(_score_gain(search, encoding, outputs, winner))
     counted = {at: picks.count(at) for at in dict.fromkeys(picks)}
-    better = (step.earned or score_step.earned) and min(step.gain, score_step.gain) >= 0.0
+    better = (step.earned or score_step.earned) and min(step.ratio, score_step.ratio) > -1.0
     return Committee(
         tuple(pool[at] for at in counted), tuple(counted.values()), step, stats.mean(scores), outputs,
         better and len(counted) > 1,

@@ -59,7 +59,7 @@ def hyperparameters(trials: Sequence[Trial], space: Space, winner: Trial) -> lis
 def borders(trials: Sequence[Trial], space: Space) -> list[Verdict]:
     """An alarm for each range whose best trials crowd at an end of it: widen it there."""
     found = []
-    done = sorted((trial for trial in trials if trial.state == "complete"), key=_mean, reverse=True)
+    done = sorted((trial for trial in trials if _scored(trial)), key=_mean, reverse=True)
     for name in space.free():
         part = space.parts[name]
         used = [trial for trial in done if name in trial.params and _on(space, name, trial.params[name])]
@@ -67,7 +67,8 @@ def borders(trials: Sequence[Trial], space: Space) -> list[Verdict]:
         if not part.ordered or few or len(used) < _LEAST:
             continue
         top = [part.to_unit(trial.params[name]) for trial in used[: max(3, len(used) // 10)]]
-        edge = 0.5 / len(part.values) if isinstance(part, Choice) else _BORDER
+        # So many as are looked at fill a share of the range by themselves, however close they crowd.
+        edge = 0.5 / len(part.values) if isinstance(part, Choice) else max(_BORDER, 1.5 * len(top) / len(used))
         values = [float(v or 0) for v in (part.values if isinstance(part, Choice) else (part.low, part.high))]
         for end, crowd in (
             ("low", sum(u <= edge + 1e-9 for u in top)),
@@ -112,8 +113,8 @@ def ensemble(committee: Committee | None, metric: str) -> Verdict | None:
             f"An average of {count} networks predicts: it saves {told}; {metric} {committee.score:.3f} on unseen rows."
         )
         return Verdict("ensemble", "average", text, "good", numbers)
-    change = "saves only" if step.gain > 0 else "costs"
-    text = f"One network predicts: an average of finalists {change} {told} ({metric} {committee.score:.3f})."
+    change = "saves" if step.gain > 0 else "costs"
+    text = f"One network predicts: an average of finalists {change} {told}, at {metric} {committee.score:.3f}."
     return Verdict("ensemble", "single", text, "good", numbers)
 
 

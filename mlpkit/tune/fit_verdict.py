@@ -14,15 +14,17 @@ _RISE_SE = 2.0
 _NOTHING = 0.02
 _MORE_ROWS = 0.01  # Twice the rows must have gained this much of the score for more to be worth asking for.
 _STILL_FALLING = 0.02
+_GIVEN_BACK = 0.2
 
 
 def fit(climb: Climb, metric: str, floor: float) -> Verdict:
     """One of "no signal", "underfit", "overfit", "data-limited" or "fine", the first of these that holds.
 
     floor: the score of a constant guess. No signal: within one SE (or 0.02) of it. Underfit: the widest layer tried won
-    by more than one SE, a bigger network of the same depth gains that, or the validation loss still fell at the last
-    epoch. Overfit: it ended more than 2 SE above its minimum and the gap of training to test score is over three times
-    that of linear. Data-limited: half of the training rows lose more than one SE, and at least 0.01.
+    by more than one SE while training rows are hardly better than unseen ones, a bigger network of the same depth gains
+    that, or the validation loss still fell at the last epoch. Overfit: it ended more than 2 SE above its minimum, and
+    either gave back a fifth of its fall or the gap of training to test score is over three times that of linear.
+    Data-limited: half of the training rows lose more than one SE, and at least 0.01.
     """
     winner, linear = climb.winner, climb.linear
     gap, linear_gap = winner.train_mean - winner.mean, linear.train_mean - linear.mean
@@ -38,12 +40,13 @@ def fit(climb: Climb, metric: str, floor: float) -> Verdict:
     small = _underfit(climb, gap, linear_gap)
     if small is not None:
         return Verdict("fit", "underfit", f"{small[0]} ({scores}).", "notice", {**numbers, **small[1]})
-    if rise > _RISE_SE and gap > max(_OVERFIT_TIMES_LINEAR * max(linear_gap, 0.0), winner.se):
+    back = given_back(winner)
+    if rise > _RISE_SE and (back > _GIVEN_BACK or gap > max(_OVERFIT_TIMES_LINEAR * max(linear_gap, 0.0), winner.se)):
         text = (
-            f"It overfits if left alone: after its best epoch the validation loss rose by {rise:.1f} SE"
-            f" ({scores}). Early stopping took the best epoch."
+            f"It overfits if left alone: after its best epoch the validation loss rose by {rise:.1f} SE and gave back"
+            f" {min(back, 9.99):.0%} of its fall ({scores}). Early stopping took the best epoch."
         )
-        return Verdict("fit", "overfit", text, "notice", numbers)
+        return Verdict("fit", "overfit", text, "notice", {**numbers, "given_back": back})
     rows = _rows(winner)
     if rows is not None and rows.earned and rows.gain > _MORE_ROWS:
         text = (
@@ -64,9 +67,17 @@ def curve(trial: Trial) -> str:
     rise = rise_after_best(trial)
     if falling(trial) > _STILL_FALLING:
         return "still falling at its last epoch: underfits"
-    if rise > _RISE_SE:
+    if rise > _RISE_SE and given_back(trial) > _GIVEN_BACK:
         return f"rises by {rise:.1f} SE after its best epoch: overfits"
     return "levels off: fine"
+
+
+def given_back(trial: Trial) -> float:
+    """How far the validation loss rose after its best epoch, as a share of how far it had fallen until then."""
+    curves = [outcome.validation_loss for outcome in trial.outcomes if outcome.validation_loss]
+    fall = sum(loss[0] - min(loss) for loss in curves)
+    rise = sum(loss[-1] - min(loss) for loss in curves)
+    return rise / max(fall, 1e-3) if curves else 0.0
 
 
 def ratio(step: stats.Comparison) -> str:
@@ -78,7 +89,8 @@ def _underfit(climb: Climb, gap: float, linear_gap: float) -> tuple[str, dict[st
     """(why more capacity or time would help, the numbers), or None."""
     winner = climb.winner
     edge = _edge(climb)
-    if edge is not None and edge.earned:
+    # Where training rows are told far better than unseen ones, it is not for lack of units.
+    if edge is not None and edge.earned and gap < max((1.0 - winner.train_mean) / 2.0, winner.se):
         text = f"It may underfit: the widest layer tried won, {ratio(edge)} SE ahead of the next"
         return text, {"edge_ratio": edge.ratio}
     better = _bigger_is_better(climb)

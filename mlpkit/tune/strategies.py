@@ -18,7 +18,7 @@ from mlpkit.tune.space import Params, Space
 from mlpkit.tune.study import quiet
 
 BATCH = 16
-MOST_TRIALS = 200  # Of the strategies that have no end of their own, where the budget is a time.
+MOST_TRIALS = 2000  # Of the strategies that have no end of their own.
 _GRID_POINTS = 5
 _MOST_DEPTH = 2
 
@@ -48,7 +48,9 @@ def climb_with(search: Search) -> Climb:
         if search.clock.budget.unit == "trials":
             search.evaluate([shape_params(hidden) for hidden in candidates], "ladder", prune=False)
 
-    return climb(run, ahead=ahead, drop=drop, widths=widths, deepest=deepest)
+    # Twice the width with dropout is no answer where the user has set one of them.
+    free = not {"width", "dropout"} & search.space.given
+    return climb(run, ahead=ahead, drop=drop if free else None, widths=widths, deepest=deepest)
 
 
 def shape_params(hidden: Hidden) -> Params:
