@@ -16,6 +16,7 @@ USER = """
 import torch
 from mlpkit import census, functional
 from mlpkit.guard import GradScaler, StepResult, TrainStep
+from mlpkit.interop.onnx import stock
 from mlpkit.nn import MLP, MCPrediction, predict_mc
 from mlpkit.trace import Diagnosis, Tracer
 
@@ -26,8 +27,9 @@ with Tracer(model) as tracer:
 loss: float = result.loss
 diagnosis: Diagnosis = tracer.diagnosis
 guess: MCPrediction = predict_mc(model, torch.randn(3, 4), samples=5)
+plain: torch.nn.Module = stock(model)
 y: torch.Tensor = functional.linear_act_dropout(torch.randn(3, 4), torch.randn(5, 4))
-print(census(y), GradScaler("cpu"), loss, diagnosis.sentence, guess.mean)
+print(plain, census(y), GradScaler("cpu"), loss, diagnosis.sentence, guess.mean)
 """
 
 
