@@ -166,6 +166,31 @@ def test_what_is_of_this_moment_keeps_the_own_step():
     assert not as_torch_now(optimizer)
 
 
+def test_a_step_that_is_replaced_after_steps_were_taken_is_called():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = guard.TrainStep(model, "mse", optimizer)
+    batch = torch.ones(4, 3), torch.zeros(4, 2)
+    step(*batch)
+    called, own = [], optimizer.step
+    optimizer.step = lambda: called.append(own())
+    step(*batch)
+    assert called == [None]
+
+
+def test_a_scheduler_sees_the_step():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    step = guard.TrainStep(model, "mse", optimizer, scheduler=scheduler)
+    rates = []
+    for _ in range(3):
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert not step(torch.ones(4, 3), torch.zeros(4, 2)).skipped
+    assert rates == [0.1, 0.05, 0.025]
+    assert step._decision.direct._update is not None
+
+
 @pytest.mark.parametrize("name", ["sgd, momentum", "adam", "adamw"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_train_step_is_the_plain_loop(name, way):

@@ -72,8 +72,7 @@ def why_not(optimizer: Any) -> str | None:
         return f"{type(optimizer).__name__} is neither mlpkit.guard.optim's nor torch.optim's SGD, Adam(W) or RMSprop"
     if ours and optimizer.steps_itself():
         return "the optimizer's class has a step of its own"
-    own = vars(optimizer).get("step")
-    if own is not None and not getattr(own, "_wrapped_by_lr_sched", False):
+    if _replaced(optimizer):
         return "the optimizer's step was replaced"
     for group in optimizer.param_groups:
         if group.get("differentiable") or group.get("capturable"):
@@ -85,6 +84,11 @@ def why_not(optimizer: Any) -> str | None:
             if gradient is not None and (gradient.layout != torch.strided or type(gradient) is not Tensor):
                 return "a gradient is not an ordinary dense tensor"
     return None if ours else _why_not_torch(optimizer)
+
+
+def _replaced(optimizer: Any) -> bool:
+    own = vars(optimizer).get("step")
+    return own is not None and not getattr(own, "_wrapped_by_lr_sched", False)
 
 
 def _why_not_torch(optimizer: Any) -> str | None:
@@ -105,7 +109,7 @@ def as_torch_now(optimizer: Any) -> bool:
     attributes = vars(optimizer)
     if attributes.get("grad_scale") is not None or attributes.get("found_inf") is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or watching_functions():
+    if _replaced(optimizer) or torch._C._len_torch_dispatch_stack() or watching_functions():
         return False
     for group in optimizer.param_groups:
         # A rate that is a tensor takes part in torch's arithmetic as one.
