@@ -1,4 +1,5 @@
-"""Writes the benchmark table of README.md from a results file of ``mlpkit bench``, so that no number is ever typed.
+"""Writes benchmark tables from results files of ``mlpkit bench``, so that no number is ever typed: that of README.md, or
+from the results of ``mlpkit bench population`` that of docs/population.md.
 
 python benchmarks/report.py benchmarks/results/cpu-2026-11-22.json
 """
@@ -11,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README, POPULATION = ROOT / "README.md", ROOT / "docs" / "population.md"
 BEGIN = "<!-- benchmark table: written by benchmarks/report.py -->"
 END = "<!-- end of benchmark table -->"
 
@@ -19,6 +21,7 @@ FORWARD = "forward"  # all other passes train: forward + backward, or a whole tr
 KINDS = {"layer": "Linear + GELU + dropout", "tiny": "Linear + GELU + dropout", "wide": "Linear + GELU + dropout"}
 KINDS |= {"step": "training step"}
 DTYPES = ("fp32", "bf16", "fp16")
+POPULATION_RIVALS = ("stacked", "stacked, compiled", "vmap", "eager loop", "sklearn without dropout")
 
 
 def ratio(row: dict[str, Any], rival: str | None = None) -> float:
@@ -84,6 +87,36 @@ def sentences(results: dict[str, Any]) -> list[str]:
     return [" ".join([*lines, "More: [docs/bench.md](docs/bench.md)."])]
 
 
+def population_table(results: dict[str, Any]) -> str:
+    """One row a population, one column a rival: how many times longer it takes; then threads, fits and conditions."""
+    rows = [row for row in results["cases"] if row["what"] == "training"]
+    rivals = [name for name in POPULATION_RIVALS if any(name in row["ratio"] for row in rows)]
+    lines = ["| population | " + " | ".join(rivals) + " | a step of a member | of the floor |"]
+    lines.append("|---|" + "---:|" * (len(rivals) + 2))
+    for row in rows:
+        cells = [f"{ratio(row, name):.1f}x" if name in row["ratio"] else "" for name in rivals]
+        cells += [f"{row['microseconds_a_step']:.1f} us", f"{100 * row['floor']['share']:.0f} %"]
+        lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+    facts, peak = results["environment"], results["peaks"]["fp32"]
+    said = [
+        f"Times as long as ours, in the same run: PyTorch {facts['torch']}, {facts['cpu']} ({facts['cpu_capability']}), "
+        f"1 thread, process CPU time, median of {facts['rounds']} interleaved rounds, {facts['date'][:10]}. Dropout 0.1 "
+        "and Adam everywhere, except that scikit-learn has no dropout. The floor is the matrix products alone at the "
+        f"{peak['flops_per_second'] / 1e9:.0f} GFLOP/s that a probe reached."
+    ]
+    for row in results["cases"]:
+        if row["what"] == "two threads":
+            said.append(
+                f"Two threads bring {row['gain']:.2f} times the speed of one, {100 * row['of_probe']:.0f} % of what they "
+                "bring to the probe."
+            )
+        if row["what"] == "fits":
+            label = row["label"].removeprefix("fits of digits: ")
+            loops = ", ".join(f"{ratio(row, name):.0f} times the {name}'s rate" for name in row["ratio"])
+            said.append(f"Whole fits of digits ({label}): {row['trials_a_minute, mlpkit']:,.0f} a CPU minute, {loops}.")
+    return "\n".join([*lines, "", " ".join(said)])
+
+
 def _span(values: list[float]) -> list[float]:
     return sorted({min(values), max(values)})
 
@@ -102,7 +135,10 @@ def main() -> None:
     results = json.loads(args.results.read_text())
     if results["environment"]["quick"]:
         sys.exit(f"benchmarks/report.py: {args.results} comes from --quick; its figures say nothing")
-    write(README, table(results))
+    if {row["family"] for row in results["cases"]} == {"population"}:
+        write(POPULATION, population_table(results))
+    else:
+        write(README, table(results))
 
 
 if __name__ == "__main__":

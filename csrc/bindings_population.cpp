@@ -106,7 +106,13 @@ py::dict tensors_of(PopulationMember& member, bool best) {
   for (size_t i = 0; i < member.layers.size(); ++i) {
     const MemberLayer& layer = member.layers[i];
     const std::string number = std::to_string(i), linear = "layers." + number + ".", block = "blocks." + number + ".";
-    add(linear + "weight", values, layer.weight, {layer.out, layer.in});
+    if (layer.across)
+      found[py::str(linear + "weight")] = member.state.narrow(0, values + layer.weight, layer.in * layer.across)
+                                              .view({layer.in, layer.across})
+                                              .narrow(1, 0, layer.out)
+                                              .t();
+    else
+      add(linear + "weight", values, layer.weight, {layer.out, layer.in});
     add(linear + "bias", values, layer.bias, {layer.out});
     add(block + "0.weight", values, layer.norm_weight, {layer.out});
     add(block + "0.bias", values, layer.norm_bias, {layer.out});

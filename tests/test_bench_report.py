@@ -128,3 +128,19 @@ def test_figures_of_a_quick_run_are_refused(report, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
     with pytest.raises(SystemExit, match="quick"):
         report.main()
+
+
+def test_a_populations_rivals_are_columns_and_threads_and_fits_a_sentence(report):
+    rivals = {"stacked": 7.25, "vmap": 8.5}
+    ratio = {name: {"cpu": {"median": value, "minimum": 99.0}} for name, value in rivals.items()}
+    train = row("population", "3 x (128 -> w), w = 16", "training", "fp32", 1.0, microseconds_a_step=5.25)
+    mixed = row("population", "3 x mixed", "training", "fp32", 9.5, baseline="stacked", microseconds_a_step=12.0)
+    threads = row("population", "two", "two threads", "fp32", 1.9, gain=1.75, of_probe=0.94)
+    fits = row("population", "fits of digits: 6", "fits", "fp32", 35.0, baseline="DataLoader loop")
+    fits |= {"trials_a_minute, mlpkit": 12345.6}
+    lines = report.population_table(results(train | {"ratio": ratio}, mixed, threads, fits)).splitlines()
+    assert lines[0] == "| population | stacked | vmap | a step of a member | of the floor |"
+    assert lines[2] == "| 3 x (128 -> w), w = 16 | 7.2x | 8.5x | 5.2 us | 25 % |"
+    assert lines[3] == "| 3 x mixed | 9.5x |  | 12.0 us | 25 % |"
+    assert "bring 1.75 times the speed of one, 94 % of what they bring to the probe" in lines[-1]
+    assert "(6): 12,346 a CPU minute, 35 times the DataLoader loop's rate." in lines[-1]

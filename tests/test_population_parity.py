@@ -107,6 +107,8 @@ CASES = {
     "layer norm": ("cross_entropy", {"optimizer": "sgd", "norm": "layer", "dropout": 0.2, "activation": "silu"}),
     "batch norm": ("cross_entropy", {"optimizer": "sgd", "momentum": 0.9, "norm": "batch", "dropout": 0.2}),
     "linear": ("cross_entropy", {"optimizer": "sgd", "hidden": ()}),
+    "rows in place": ("cross_entropy", {"optimizer": "sgd", "columns": 70, "hidden": (29, 5), "dropout": 0.2}),
+    "rows in place, batch norm": ("mse", {"optimizer": "adam", "columns": 40, "hidden": (16, 5), "norm": "batch"}),
     "brier": ("brier", {"optimizer": "sgd", "activation": "gelu", "dropout": 0.1}),
 }
 
@@ -117,8 +119,9 @@ def test_five_steps_from_copied_state_err_no_more_than_torchs(name):
     ours, stock, exact = {}, {}, {}
     for seed in SEEDS:
         make = classes_table if kind in ("cross_entropy", "brier") else numbers_table
-        table = make(ROWS, 9, 3, seed=seed)
-        member = Member(**(COMMON | {"seed": seed + 40} | settings))
+        table = make(ROWS, settings.get("columns", 9), 3, seed=seed)
+        wanted = {key: value for key, value in settings.items() if key != "columns"}
+        member = Member(**(COMMON | {"seed": seed + 40} | wanted))
         trained = population([member], table, loss=kind)
         for step in range(STEPS):
             results = [

@@ -26,10 +26,11 @@ MLPKIT_HD double cross_entropy_of_lanes(const StepLoss& loss, int64_t panel, int
       by_weight += at;
   }
   const FloatVec share_of_row = loss.by_row ? load_bits<FloatVec>(loss.by_row + panel) : FloatVec{} + 1.f;
+  const FloatVec inverse = 1.f / sum;
   // A row that does not count gives no slope, but its NaN is not hidden: the sum is finite otherwise.
   const FloatVec ignored = wanted == kIgnored ? 0.f * sum : FloatVec{};
   for (int64_t c = 0; c < classes; ++c) {
-    const FloatVec share = load_bits<FloatVec>(slopes + c * kPanel) / sum;
+    const FloatVec share = load_bits<FloatVec>(slopes + c * kPanel) * inverse;
     const FloatVec is_class = wanted == static_cast<int32_t>(c) ? FloatVec{} + 1.f : FloatVec{};
     const FloatVec v = FloatVec{} + (loss.by_class ? loss.by_class[c] : 1.f);
     const FloatVec slope = loss.scale * cross_entropy_slope(loss.smoothing, share, is_class, weight, v);
@@ -54,9 +55,10 @@ MLPKIT_HD double brier_of_lanes(const StepLoss& loss, int64_t panel, int64_t cla
     store(slopes + c * kPanel, e);
     sum += e;
   }
+  const FloatVec inverse = 1.f / sum;
   const auto is_class = [&](int64_t c) { return wanted == static_cast<int32_t>(c) ? FloatVec{} + 1.f : FloatVec{}; };
   for (int64_t c = 0; c < classes; ++c) {
-    const FloatVec share = load_bits<FloatVec>(slopes + c * kPanel) / sum, d = share - is_class(c);
+    const FloatVec share = load_bits<FloatVec>(slopes + c * kPanel) * inverse, d = share - is_class(c);
     store(slopes + c * kPanel, share);
     expected += share * d;
     value += d * d;

@@ -7,6 +7,7 @@
 //   gradients(dz, cols, natural, across)      dz: [cols, 32] -> as StepLayer::dz, and [lanes(cols), 32]: where it lies
 #pragma once
 #include "cpu/mask_columns.h"
+#include "cpu/mlp_in_place.h"
 #include "cpu/mlp_loss.h"
 #include "cpu/mlp_norm.h"
 #include "cpu/mlp_step.h"
@@ -133,6 +134,7 @@ class Pass {
 
   void forward(int64_t i) {
     const StepLayer& layer = step_.layers[i];
+    if (layer.in_place) return forward_in_place(layer);
     const float* in = inputs(i);
     const int64_t depth = lanes_of<typename Format::Lane>(layer.in);
     const Strided weight{layer.forward, depth, 1};
@@ -151,6 +153,18 @@ class Pass {
                                              activate<A>(layer, kept_[i], keep_, layer.bias, first, count);
                                            });
     });
+  }
+
+  void forward_in_place(const StepLayer& layer) {
+    product_in_place(layer, TableRows(step_.x, layer.in, step_.index, first_row_, rows_), multiplied_, kept_[0].y);
+    if (layer.norm.kind != Norm::none) {
+      if (layer.bias) activate<Identity>(plain(layer), {kept_[0].y}, nullptr, layer.bias, 0, layer.out);
+      if (layer.norm.moments) moments_of_panel(layer, panel_, rows_, kept_[0].y);
+      return;
+    }
+    draw(layer);
+    visit_activation(layer.activation,
+                     [&]<class A>(A) { activate<A>(layer, kept_[0], keep_, layer.bias, 0, layer.out); });
   }
 
   // What layer i multiplies with its weight.
@@ -193,6 +207,7 @@ class Pass {
   void backward(int64_t i) {
     const StepLayer& layer = step_.layers[i];
     if (layer.norm.kind != Norm::none) gradients_of_norm(layer, rows_, kept_[i], dz_);
+    if (layer.in_place) return rows_across(dz_, layer.out, layer.dz + panel_ * kPanel * across_of(layer.out));
     const float* dz = Format::gradients(dz_, layer.out, layer.dz + panel_ * layer.out * kColumn, across_);
     if (i == 0) return;
     const StepLayer& below = step_.layers[i - 1];

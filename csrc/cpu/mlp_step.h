@@ -44,10 +44,20 @@ struct StepLayer {
   StepNorm norm;
   float* dweight;  // [out, in]
   float* dbias;    // [out] or nullptr
-  float* inputs;   // [panels of rows, panels of in, lanes(32 rows), 32 columns]: what came in; zeros where columns end
+  float* inputs;   // [panels of rows, panels of in, lanes(32 rows), 32 columns]: what came in; zeros where columns end,
+                   // up to 16 n
   float* dz;       // [panels of rows, out, lanes(32 rows)]; zeros where the rows end
   float* dslope;   // [panels of rows, out]: the panel's sums, or nullptr
+  // A first layer in float32 that reads its rows where they lie in x: weight and dweight are [in, across_of(out)] with
+  // zeros where the outputs end, dz [panels of rows, 32, across_of(out)]; forward, backward and inputs are not used.
+  bool in_place;
 };
+
+inline int64_t across_of(int64_t out) { return (out + 15) / 16 * 16; }
+// Whether that is quicker: few outputs, nearly as many as lie across, of many columns.
+inline bool pays_in_place(int64_t in, int64_t out) {
+  return across_of(out) <= 32 && 4 * out >= 3 * across_of(out) && in >= 2 * across_of(out);
+}
 
 constexpr int32_t kIgnored = -1, kNoRow = -2;
 
@@ -85,8 +95,10 @@ struct StepPanel {
 
 struct StepGradient {
   const StepLayer* layer;
-  int64_t rows, panel;  // of the layer's columns; the first one has the bias gradient with it
-  double* squares;      // the sum of squares of what is written
+  int64_t rows, panel;       // of the layer's columns; the first one has the bias gradient with it
+  double* squares;           // the sum of squares of what is written
+  const float* x = nullptr;  // [.., in] and which of them are the batch's, or nullptr: of a layer in place, whose only
+  const int32_t* index = nullptr;  // panel has all columns
 };
 
 // A panel's pass has two segments for each layer: layer i's product is in segment i, and its gradients are in segment

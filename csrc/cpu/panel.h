@@ -27,15 +27,15 @@ MLPKIT_HD int64_t lanes_of(int64_t numbers) {
 }
 
 // sums[i] += sum over k of a(i, k) times the vectors at b + 32 k
-template <class Lane, int rows>
-MLPKIT_HD void multiply_add(const Strided& a, const float* b, int64_t depth, FloatVec (&sums)[rows][kBlockVecs]) {
+template <class Lane, int rows, int vecs>
+MLPKIT_HD void multiply_add(const Strided& a, const float* b, int64_t depth, FloatVec (&sums)[rows][vecs]) {
   for (int64_t k = 0; k < depth; ++k) {
-    FloatVec v[kBlockVecs];
-    for (int j = 0; j < kBlockVecs; ++j) load(b + k * kPanel + j * kLanes, v[j]);
+    FloatVec v[vecs];
+    for (int j = 0; j < vecs; ++j) load(b + k * kPanel + j * kLanes, v[j]);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       const FloatVec broadcast = repeat(a.data + i * a.row_stride + k * a.depth_stride);
-      for (int j = 0; j < kBlockVecs; ++j) sums[i][j] = Lane::multiply_add(broadcast, v[j], sums[i][j]);
+      for (int j = 0; j < vecs; ++j) sums[i][j] = Lane::multiply_add(broadcast, v[j], sums[i][j]);
     }
   }
 }
@@ -50,8 +50,8 @@ void product_of_rows(const Strided& a, const float* b, int64_t depth, int64_t lo
   for (int64_t col = 0; col < kPanel; col += kBlockCols)
     for (int64_t k = 0; k < depth; k += longest) {
       FloatVec sums[rows][kBlockVecs] = {};
-      multiply_add<Lane, rows>({a.data + k * a.depth_stride, a.row_stride, a.depth_stride}, b + k * kPanel + col,
-                               smaller(longest, depth - k), sums);
+      multiply_add<Lane>({a.data + k * a.depth_stride, a.row_stride, a.depth_stride}, b + k * kPanel + col,
+                         smaller(longest, depth - k), sums);
 #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i)
         for (int j = 0; j < kBlockVecs; ++j) {
@@ -76,11 +76,11 @@ MLPKIT_HD void with_count(int64_t n, Body&& body) {
   body(Count<limit>{});
 }
 
-// Calls body(first, rows) for groups of at most kBlockRows rows, as equal as they can be: a short last group would pay
-// for its loads.
-template <class Body>
+// Calls body(first, rows) for groups of at most `limit` rows, as equal as they can be: a short last group would pay for
+// its loads.
+template <int limit = kBlockRows, class Body>
 MLPKIT_HD void each_group(int64_t rows, Body&& body) {
-  const int64_t groups = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t groups = (rows + limit - 1) / limit;
   for (int64_t i = 0; i < groups; ++i) body(rows * i / groups, rows * (i + 1) / groups - rows * i / groups);
 }
 
@@ -136,9 +136,9 @@ inline void rows_of_panel(const float* panel, int64_t rows, int64_t cols, float*
     for (int64_t col = 0; col < cols; ++col) to[row * cols + col] = panel[col * kPanel + row];
 }
 
-// The blocks of a panel [cols, 32]; zeros where the columns end.
+// The blocks of a panel [cols, 32]; zeros where the columns end, up to a multiple of 16.
 inline void blocks_of_panel(const float* panel, int64_t cols, float* blocks) {
-  for (int64_t col = 0; col < panels_of(cols) * kPanel; col += kLanes)
+  for (int64_t col = 0; col < across_of(cols); col += kLanes)
     for (int64_t row = 0; row < kPanel; row += kLanes) {
       FloatVec v[kLanes];
       for (int i = 0; i < kLanes; ++i)

@@ -24,8 +24,7 @@ class Largest {
 };
 
 template <class Formula>
-void update_with(const Update& args) {
-  const OptimizerSettings settings = args.settings;  // what is stored below cannot change a copy
+MLPKIT_HD void update_by(const Update args, const OptimizerSettings settings) {  // no store below can change a copy
   Largest largest;
   const auto apply = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
     FloatVec p = load_part<FloatVec>(args.p + at, n), g = load_part<FloatVec>(args.g + at, n);
@@ -44,6 +43,21 @@ void update_with(const Update& args) {
   for (; at + kLanes <= args.count; at += kLanes) apply(at, kLanes);
   if (at < args.count) apply(at, args.count - at);
   if (args.largest) largest.add_to(args.largest);
+}
+
+template <class Formula>
+void update_with(const Update& args) {
+  OptimizerSettings usual = args.settings;
+  if (usual.l1 != 0 || usual.amsgrad || usual.centered || (__is_same(Formula, Adam) && usual.inverse_root2 == 0))
+    return update_by<Formula>(args, args.settings);
+  // As constants these leave the loop.
+  usual.l1 = 0;
+  usual.amsgrad = usual.centered = false;
+  if (usual.kind == Optimizer::adam && usual.weight_decay == 0) {
+    usual.weight_decay = 0;
+    return update_by<Formula>(args, usual);
+  }
+  update_by<Formula>(args, usual);
 }
 
 }  // namespace

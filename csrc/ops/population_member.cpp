@@ -43,8 +43,11 @@ void PopulationMember::lay_out() {
   for (size_t i = 0; i + 1 < network.widths.size(); ++i) {
     const bool hidden = i + 2 < network.widths.size(), normed = hidden && network.norm != Norm::none;
     const bool averaged = hidden && network.norm == Norm::batch;
-    MemberLayer layer{network.widths[i], network.widths[i + 1]};
-    layer.weight = take(parameters, true, layer.in * layer.out);
+    MemberLayer layer{};
+    layer.in = network.widths[i];
+    layer.out = network.widths[i + 1];
+    if (i == 0 && !network.bfloat16 && pays_in_place(layer.in, layer.out)) layer.across = across_of(layer.out);
+    layer.weight = take(parameters, true, layer.in * (layer.across ? layer.across : layer.out));
     layer.bias = take(parameters, !normed, layer.out);
     layer.norm_weight = take(parameters, normed, layer.out);
     layer.norm_bias = take(parameters, normed, layer.out);

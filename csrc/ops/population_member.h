@@ -57,6 +57,7 @@ struct MemberLayer {
   int64_t in, out;
   // Where they begin in the parameters (mean, variance: in the averages), or -1.
   int64_t weight, bias, norm_weight, norm_bias, slope, mean, variance;
+  int64_t across = 0;  // of a layer in place (cpu/mlp_step.h), whose weight is [in, across]; 0: it is [out, in]
 };
 
 // What training has come to.

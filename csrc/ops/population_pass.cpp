@@ -42,6 +42,7 @@ void MemberRun::lay_out() {
     layer.dropout.scale = dropout_scale(layer.dropout.threshold);
     const auto at = [](float* base, int64_t offset) { return offset < 0 ? nullptr : base + offset; };
     layer.weight = layer.forward = layer.backward = values + from.weight;
+    layer.in_place = from.across > 0;
     layer.bias = at(values, from.bias);
     layer.slope = at(values, from.slope);
     layer.dweight = gradients + from.weight;
@@ -80,7 +81,9 @@ void MemberRun::lay_out_activations() {
   const int64_t panels = panels_of(batch_), column = kPanel / kernels_.per_lane;
   int64_t floats = 0, lanes = 0, pieces = 0;
   for (const StepLayer& layer : layers_) {
-    floats += panels * column * (panels_of(layer.in) * kPanel + layer.out) + (layer.slope ? panels * layer.out : 0);
+    const int64_t inputs = layer.in_place ? 0 : panels_of(layer.in) * kPanel;
+    const int64_t outputs = layer.in_place ? across_of(layer.out) : layer.out;
+    floats += panels * column * (inputs + outputs) + (layer.slope ? panels * layer.out : 0);
     lanes += kernels_.lanes(layer.in) * layer.out + kernels_.lanes(layer.out) * layer.in;
     pieces += panels_of(layer.in);
   }
@@ -94,8 +97,8 @@ void MemberRun::lay_out_activations() {
   work_.values.resize(panels);
   work_.squares.resize(pieces);
   for (StepLayer& layer : layers_) {
-    layer.inputs = take(free, panels * column * panels_of(layer.in) * kPanel);
-    layer.dz = take(free, panels * layer.out * column);
+    if (!layer.in_place) layer.inputs = take(free, panels * column * panels_of(layer.in) * kPanel);
+    layer.dz = take(free, panels * column * (layer.in_place ? across_of(layer.out) : layer.out));
     layer.dslope = layer.slope ? take(free, panels * layer.out) : nullptr;
     if (kernels_.weights) {
       layer.forward = layer.backward = take(copies, kernels_.lanes(layer.in) * layer.out);
@@ -103,7 +106,7 @@ void MemberRun::lay_out_activations() {
     }
   }
   for (StepLayer& layer : layers_)
-    for (int64_t i = 0; i < panels_of(layer.in); ++i)
+    for (int64_t i = 0; i < (layer.in_place ? 1 : panels_of(layer.in)); ++i)
       pieces_.push_back({&layer, batch_, i, work_.squares.data() + pieces_.size()});
   const int64_t count = static_cast<int64_t>(layers_.size());
   scratch_floats_ = (step_scratch(layers_.data(), count) + 15) / 16 * 16;

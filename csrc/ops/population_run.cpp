@@ -126,7 +126,7 @@ MemberRun::Verdict MemberRun::step(const int32_t* rows, int64_t count, double lr
   // Beyond float32, a loss in float32 is Inf.
   if (!(std::abs(value) <= FLT_MAX))
     return {std::isnan(value) ? "the loss is NaN" : "the loss is Inf", value, counted_};
-  const double norm = gradient_norm(count), clip = member_.recipe.clip_norm;
+  const double norm = gradient_norm(rows, count), clip = member_.recipe.clip_norm;
   if (!std::isfinite(norm)) return {"a gradient is not finite", value, counted_};
   const double applied = clip > 0.0 ? std::min(norm, clip) : norm;
   if (!averages_finite()) return {"a running average would not be finite", value, counted_};
@@ -136,10 +136,12 @@ MemberRun::Verdict MemberRun::step(const int32_t* rows, int64_t count, double lr
   return {nullptr, value, counted_};
 }
 
-double MemberRun::gradient_norm(int64_t count) {
+double MemberRun::gradient_norm(const int32_t* rows, int64_t count) {
   double sum = 0.0;
   for (StepGradient& piece : pieces_) {
     piece.rows = count;
+    piece.x = data_.x.const_data_ptr<float>();
+    piece.index = rows;
     kernels_.gradient(piece);
     sum += *piece.squares;
   }

@@ -38,7 +38,7 @@ class MemberRun {
   Verdict step(const int32_t* rows, int64_t count, double lr);
   double forward_and_backward(const int32_t* rows, int64_t count, const StepLoss& loss);
   void run_panels(const int32_t* rows, int64_t count, const StepLoss& loss, int64_t from, int64_t until);
-  double gradient_norm(int64_t count);
+  double gradient_norm(const int32_t* rows, int64_t count);
   bool update(double scale, double largest_gradient, double lr);
   bool averages_finite() const;
   void move_averages();

@@ -31,6 +31,7 @@ MemberScorer::MemberScorer(const PopulationTask& task, const PopulationMember& m
     layer.negative_slope = static_cast<float>(member.network.negative_slope);
     const auto at = [&](int64_t offset) { return offset < 0 ? nullptr : values + offset; };
     layer.weight = layer.forward = layer.backward = values + from.weight;
+    layer.in_place = from.across > 0;
     layer.bias = at(from.bias);
     layer.slope = at(from.slope);
     layer.norm.kind = from.norm_weight < 0 ? Norm::none : member.network.norm;

@@ -62,7 +62,8 @@ def draw(member: Member, tensors: dict[str, Tensor]) -> None:
         if name.endswith(".slope") or (name.startswith("blocks.") and name.endswith(".1.weight")):
             tensor.fill_(_PRELU)
         elif tensor.dim() == 2:
-            rule(tensor, generator=generator)
+            drawn = torch.empty(tensor.shape)  # in the order of its rows, however the member's memory is laid out
+            tensor.copy_(rule(drawn, generator=generator))
         elif name.endswith((".0.weight", "running_var")):
             tensor.fill_(1.0)
 

@@ -118,7 +118,8 @@ class Step {
   void compare_zeros(const NetLayer& layer, bool first, Report& report) const {
     const int64_t padded = panels_of(net_.rows) * kPanel;
     for (int64_t row = 0; row < (first ? padded : net_.rows); ++row)
-      for (int64_t col = row < net_.rows ? layer.in : 0; col < panels_of(layer.in) * kPanel; ++col)
+      for (int64_t col = row < net_.rows ? layer.in : 0;
+           col < (first ? panels_of(layer.in) * kPanel : mlpkit::across_of(layer.in)); ++col)
         report.near("inputs beyond the edge", row, layer.input(row, col), 0, 0);
     for (int64_t row = net_.rows; row < padded; ++row)
       for (int64_t col = 0; col < layer.out; ++col)
