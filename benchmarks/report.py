@@ -1,5 +1,5 @@
-"""Writes benchmark tables from results files of ``mlpkit bench``, so that no number is ever typed: that of README.md, or
-from the results of ``mlpkit bench population`` that of docs/population.md.
+"""Writes benchmark tables from results files of ``mlpkit bench``, so that no number is ever typed: that of README.md,
+or from the results of ``mlpkit bench population`` that of docs/population.md.
 
 python benchmarks/report.py benchmarks/results/cpu-2026-11-22.json
 """
@@ -99,16 +99,16 @@ def population_table(results: dict[str, Any]) -> str:
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     facts, peak = results["environment"], results["peaks"]["fp32"]
     said = [
-        f"Times as long as ours, in the same run: PyTorch {facts['torch']}, {facts['cpu']} ({facts['cpu_capability']}), "
-        f"1 thread, process CPU time, median of {facts['rounds']} interleaved rounds, {facts['date'][:10]}. Dropout 0.1 "
-        "and Adam everywhere, except that scikit-learn has no dropout. The floor is the matrix products alone at the "
+        f"Times as long as ours, in the same run: PyTorch {facts['torch']}, {facts['cpu']} "
+        f"({facts['cpu_capability']}), 1 thread, process CPU time, median of {facts['rounds']} interleaved rounds, "
+        f"{facts['date'][:10]}. Dropout 0.1 and Adam everywhere, except that scikit-learn has no dropout. The floor is the matrix products alone at the "
         f"{peak['flops_per_second'] / 1e9:.0f} GFLOP/s that a probe reached."
     ]
     for row in results["cases"]:
         if row["what"] == "two threads":
             said.append(
-                f"Two threads bring {row['gain']:.2f} times the speed of one, {100 * row['of_probe']:.0f} % of what they "
-                "bring to the probe."
+                f"Two threads bring {row['gain']:.2f} times the speed of one, {100 * row['of_probe']:.0f} % of what "
+                "they bring to the probe."
             )
         if row["what"] == "fits":
             label = row["label"].removeprefix("fits of digits: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_a_member_keeps_what_the_page_says(settings, copies, validated, columns,
     member = Member(hidden=hidden, **settings)
     trained = population([member], table, validation=table if validated else None)
     widths = (columns, *hidden, 3)
-    parameters = sum((a + 1) * b for a, b in zip(widths, widths[1:]))
+    parameters = sum((a + 1) * b for a, b in pairwise(widths))
     tensors = 2 * (len(hidden) + 1)
     # A narrow first layer is kept with its outputs up to a multiple of 16, of which it has three quarters at least.
     most = parameters + columns * hidden[0] // 3 + 15 * tensors
