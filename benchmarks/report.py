@@ -101,7 +101,8 @@ def population_table(results: dict[str, Any]) -> str:
     said = [
         f"Times as long as ours, in the same run: PyTorch {facts['torch']}, {facts['cpu']} "
         f"({facts['cpu_capability']}), 1 thread, process CPU time, median of {facts['rounds']} interleaved rounds, "
-        f"{facts['date'][:10]}. Dropout 0.1 and Adam everywhere, except that scikit-learn has no dropout. The floor is the matrix products alone at the "
+        f"{facts['date'][:10]}. Dropout 0.1 and Adam everywhere, except that scikit-learn has no dropout. The floor is "
+        "the matrix products alone at the "
         f"{peak['flops_per_second'] / 1e9:.0f} GFLOP/s that a probe reached."
     ]
     for row in results["cases"]:

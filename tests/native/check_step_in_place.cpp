@@ -127,7 +127,7 @@ void compare(const Case& c, Draw& draw, Report& report) {
   ours.run(c, x, index, target, draw);
   other.run(c, x, index, target, draw);
   // Sums of as many products of numbers below 2: both ways may err, and what follows passes it on.
-  const Real dz = 64 * static_cast<Real>(c.in) * kStep, of_rows = 8 * static_cast<Real>(c.rows) * dz;
+  const Real dz = static_cast<Real>(c.in) * kStep, of_rows = 2 * static_cast<Real>(c.rows) * dz;
   for (int64_t row = 0; row < ours.rows; ++row)
     for (int64_t unit = 0; unit < ours.across; ++unit) {
       const Real exact = unit < c.out ? other.dz.get(other.dz_at(row, unit)) : 0;
