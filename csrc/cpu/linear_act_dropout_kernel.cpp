@@ -69,14 +69,15 @@ MLPKIT_HD void each_band(const Region& region, Body&& body) {
     }
 }
 
-// Calls body(tile, first_row, end_row) for `together` rows of each tile, then for the next ones.
+// Calls body(tile, first_row, end_row) for a few rows of each tile, then for the next few. More rows of a wide output
+// would lie in one set of the nearest cache, a multiple of its pages apart.
 constexpr int kRowsTogether = 4;
 // Rows between one that is read and one that is fetched early: the hardware guesses no further than to a page's end.
 constexpr int kAhead = 8;
-template <int together, class Body>
+template <class Body>
 MLPKIT_HD void each_strip(int rows, int tiles, Body&& body) {
-  for (int first = 0; first < rows; first += together) {
-    const int end = first + together < rows ? first + together : rows;
+  for (int first = 0; first < rows; first += kRowsTogether) {
+    const int end = first + kRowsTogether < rows ? first + kRowsTogether : rows;
     for (int tile = 0; tile < tiles; ++tile) body(tile, first, end);
   }
 }
@@ -143,9 +144,8 @@ template <class A, class T, class C>
 __attribute__((noinline)) void forward_tiles(const ForwardTiles<A, T, C>& given) {
   using V = typename Wide<C>::type;
   constexpr int lanes = Wide<C>::lanes;
-  constexpr int together = A::needs == Needs::preactivation ? kMaskTile : kRowsTogether;
   const ForwardTiles<A, T, C> args = given;  // a copy, which no store can change
-  each_strip<together>(args.rows, args.tiles, [&](int tile, int first, int end) __attribute__((always_inline)) {
+  each_strip(args.rows, args.tiles, [&](int tile, int first, int end) __attribute__((always_inline)) {
     const int64_t col = tile * kMaskTile;
     const C* product = args.product + first * args.product_stride + col;
     T* y = args.y + first * args.stride + col;
@@ -291,7 +291,7 @@ void backward(const ActDropoutBackward& given) {
       dbias[tile].fill(0);
       dslope[tile].fill(0);
     }
-    each_strip<kRowsTogether>(band.rows, band.tiles, [&](int tile, int first, int end) __attribute__((always_inline)) {
+    each_strip(band.rows, band.tiles, [&](int tile, int first, int end) __attribute__((always_inline)) {
       const int64_t col = band.col + tile * kMaskTile, row = band.row + first;
       const int64_t words = (band.first_tile + tile) * kMaskTile;
       const int cols = band.tile_cols(tile);

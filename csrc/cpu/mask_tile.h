@@ -14,65 +14,52 @@ class MaskTiles {
   // Bit c of keep[r] is set where element (r, c) is kept.
   MLPKIT_HD void draw(uint64_t tile, uint16_t (&keep)[kMaskTile]) {
     philox_.move_to(tile);
-    Halves halves;
     for (int first = 0; first < kMaskLanes; first += kPhiloxVectors * kPhiloxLanes) {
       LongVec lane[kPhiloxVectors], words[kPhiloxVectors][4];
       for (int i = 0; i < kPhiloxVectors; ++i) lane[i] = calls_from(first + i * kPhiloxLanes);
       philox_.words(lane, words);
-      for (int word = 0; word < 4; ++word)
-        for (int i = 0; i < kPhiloxVectors; i += 2)
-          keep_half(word, first + i * kPhiloxLanes, words[i][word], words[i + 1][word], halves);
+      for (int i = 0; i < kPhiloxVectors; i += 2)
+        for (int below = 0; below < 2; ++below)
+          keep_rows(low_halves(words[i][below], words[i + 1][below]),
+                    low_halves(words[i][below + 2], words[i + 1][below + 2]),
+                    keep + below * 8 + (first + i * kPhiloxLanes) / 4);
     }
-    for (int below = 0; below < 2; ++below) join(halves.bits[below], halves.bits[below + 2], keep + below * 8);
   }
 
  private:
-  struct Halves {
-    alignas(16) uint8_t bits[4][8];  // of a word of the calls: eight rows' left or right eight columns
-  };
-
   MLPKIT_HD static LongVec calls_from(int first) {
     LongVec lane;
     for (int i = 0; i < kPhiloxLanes; ++i) lane[i] = i;
     return lane + static_cast<uint64_t>(first);
   }
 
+  // From the words of kLanes calls, four to a row: those of its eight columns on the left, and on the right.
+  MLPKIT_HD void keep_rows(UintVec left, UintVec right, uint16_t* rows) const {
 #if defined(__AVX512BW__)
-  // Word `word` of kLanes calls from `call` on, each of which holds two columns of a row: four rows' bits at once.
-  MLPKIT_HD void keep_half(int word, int call, LongVec first, LongVec second, Halves& halves) const {
-    const __m512i pairs = (__m512i)low_halves(first, second);
-    const uint32_t bits = _mm512_cmpge_epu16_mask(pairs, _mm512_set1_epi16(static_cast<short>(threshold_)));
-    __builtin_memcpy(halves.bits[word] + call / 4, &bits, sizeof(bits));
-  }
-#else
-  MLPKIT_HD void keep_half(int word, int call, LongVec first, LongVec second, Halves& halves) const {
-    uint32_t pairs[kLanes];
-    store_bits(pairs, low_halves(first, second));
-    for (int i = 0; i < kLanes; i += 4) halves.bits[word][(call + i) / 4] = keep_row(pairs + i);
-  }
-  // Bits of eight columns, two in a word.
-  MLPKIT_HD uint8_t keep_row(const uint32_t* pairs) const {
-#if defined(__SSE2__)
+    const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold_));
+    const __m128i lefts = _mm_cvtsi32_si128(static_cast<int>(_mm512_cmpge_epu16_mask((__m512i)left, limit)));
+    const __m128i rights = _mm_cvtsi32_si128(static_cast<int>(_mm512_cmpge_epu16_mask((__m512i)right, limit)));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(rows), _mm_unpacklo_epi8(lefts, rights));
+#elif defined(__AVX2__)
+    const __m256i limit = _mm256_set1_epi16(static_cast<short>(threshold_));
+    const __m256i lefts = _mm256_cmpeq_epi16(_mm256_max_epu16((__m256i)left, limit), (__m256i)left);
+    const __m256i rights = _mm256_cmpeq_epi16(_mm256_max_epu16((__m256i)right, limit), (__m256i)right);
+    store_bits(rows, _mm256_movemask_epi8(_mm256_packs_epi16(lefts, rights)));
+#elif defined(__SSE2__)
     // SSE2 compares signed words only: both sides are shifted by 2^15.
     const __m128i bias = _mm_set1_epi16(-32768), limit = _mm_set1_epi16(static_cast<short>((threshold_ - 1) ^ 0x8000));
-    const __m128i words = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pairs)), bias);
-    const __m128i kept = _mm_cmpgt_epi16(words, limit);
-    return static_cast<uint8_t>(_mm_movemask_epi8(_mm_packs_epi16(kept, kept)));
+    const __m128i lefts = _mm_cmpgt_epi16(_mm_xor_si128((__m128i)left, bias), limit);
+    const __m128i rights = _mm_cmpgt_epi16(_mm_xor_si128((__m128i)right, bias), limit);
+    rows[0] = static_cast<uint16_t>(_mm_movemask_epi8(_mm_packs_epi16(lefts, rights)));
 #else
-    unsigned bits = 0;
-    for (int c = 0; c < 8; ++c) bits |= ((c & 1 ? pairs[c / 2] >> 16 : pairs[c / 2] & 0xffffu) >= threshold_) << c;
-    return static_cast<uint8_t>(bits);
-#endif
-  }
-#endif
-
-  MLPKIT_HD static void join(const uint8_t* left, const uint8_t* right, uint16_t* rows) {
-#if defined(__SSE2__)
-    const __m128i lefts = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(left));
-    const __m128i rights = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(right));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(rows), _mm_unpacklo_epi8(lefts, rights));
-#else
-    for (int r = 0; r < 8; ++r) rows[r] = static_cast<uint16_t>(left[r] | right[r] << 8);
+    for (int row = 0; row < kLanes / 4; ++row) {
+      unsigned bits = 0;
+      for (int c = 0; c < kMaskTile; ++c) {
+        const uint32_t pair = (c < 8 ? left : right)[row * 4 + c % 8 / 2];
+        bits |= static_cast<unsigned>((c % 2 ? pair >> 16 : pair & 0xffffu) >= threshold_) << c;
+      }
+      rows[row] = static_cast<uint16_t>(bits);
+    }
 #endif
   }
 
