@@ -101,8 +101,8 @@ def population_table(results: dict[str, Any]) -> str:
     said = [
         f"Times as long as ours, in the same run: PyTorch {facts['torch']}, {facts['cpu']} "
         f"({facts['cpu_capability']}), 1 thread, process CPU time, median of {facts['rounds']} interleaved rounds, "
-        f"{facts['date'][:10]}. Dropout 0.1 and Adam everywhere, except that scikit-learn has no dropout. The floor is "
-        "the matrix products alone at the "
+        f"{facts['date'][:10]}. Dropout 0.1 and Adam everywhere, except that scikit-learn, batch by batch, has no "
+        "dropout. The floor is the matrix products alone at the "
         f"{peak['flops_per_second'] / 1e9:.0f} GFLOP/s that a probe reached."
     ]
     for row in results["cases"]:
@@ -113,7 +113,7 @@ def population_table(results: dict[str, Any]) -> str:
             )
         if row["what"] == "fits":
             label = row["label"].removeprefix("fits of digits: ")
-            loops = ", ".join(f"{ratio(row, name):.0f} times the {name}'s rate" for name in row["ratio"])
+            loops = ", ".join(f"{ratio(row, name):.0f} times as many as by {name}" for name in row["ratio"])
             said.append(f"Whole fits of digits ({label}): {row['trials_a_minute, mlpkit']:,.0f} a CPU minute, {loops}.")
     return "\n".join([*lines, "", " ".join(said)])
 

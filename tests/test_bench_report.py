@@ -143,4 +143,4 @@ def test_a_populations_rivals_are_columns_and_threads_and_fits_a_sentence(report
     assert lines[2] == "| 3 x (128 -> w), w = 16 | 7.2x | 8.5x | 5.2 us | 25 % |"
     assert lines[3] == "| 3 x mixed | 9.5x |  | 12.0 us | 25 % |"
     assert "bring 1.75 times the speed of one, 94 % of what they bring to the probe" in lines[-1]
-    assert "(6): 12,346 a CPU minute, 35 times the DataLoader loop's rate." in lines[-1]
+    assert "(6): 12,346 a CPU minute, 35 times as many as by DataLoader loop." in lines[-1]
