@@ -55,7 +55,8 @@ class MaskTiles {
     for (int row = 0; row < kLanes / 4; ++row) {
       unsigned bits = 0;
       for (int c = 0; c < kMaskTile; ++c) {
-        const uint32_t pair = (c < 8 ? left : right)[row * 4 + c % 8 / 2];
+        const int word = row * 4 + c % 8 / 2;
+        const uint32_t pair = c < 8 ? left[word] : right[word];
         bits |= static_cast<unsigned>((c % 2 ? pair >> 16 : pair & 0xffffu) >= threshold_) << c;
       }
       rows[row] = static_cast<uint16_t>(bits);
