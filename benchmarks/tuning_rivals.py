@@ -73,8 +73,8 @@ def scikit_mlp(specs: Sequence[Spec], data: FoldData, classes: int) -> float:
     best = -np.inf
     for spec in specs:
         model = kind(
-            spec.hidden, alpha=spec.weight_decay, batch_size=min(spec.batch_size, len(x)), max_iter=spec.epochs,
-            learning_rate_init=spec.lr, random_state=spec.seed, n_iter_no_change=10**6,
+            hidden_layer_sizes=spec.hidden, alpha=spec.weight_decay, batch_size=min(spec.batch_size, len(x)),
+            max_iter=spec.epochs, learning_rate_init=spec.lr, random_state=spec.seed, n_iter_no_change=10**6,
         )  # fmt: skip
         model.fit(x, y)
         best = max(best, model.score(data.validation.x.numpy(), data.validation.y.numpy().ravel()))

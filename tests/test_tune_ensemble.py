@@ -14,7 +14,7 @@ from tune_fakes import FakeTrainer, searching, table
 
 import mlpkit
 from mlpkit import cli
-from mlpkit.errors import ArgumentError
+from mlpkit.errors import ArgumentError, MissingExtraError
 from mlpkit.nn import MLP
 from mlpkit.tune import TunedModel, trainer, tune
 from mlpkit.tune.calibration import calibration_error, fit_temperature, softmax
@@ -234,3 +234,25 @@ def test_the_command_adds_columns(averaged, monkeypatch, capsys, tmp_path):
     assert not end.value.code
     header = capsys.readouterr().out.splitlines()[0]
     assert header == "label,probability of no,probability of yes,uncertainty,disagreement"
+
+
+# ONNX
+
+
+@pytest.mark.filterwarnings("ignore")  # Those of the exporter about itself.
+def test_an_onnx_file_computes_the_same(averaged, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    run, frame, _ = averaged
+    run.estimator.export_onnx(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    inputs = run.estimator.inputs(frame)
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), run.model(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_without_its_extra_is_one_sentence(averaged, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    run, _, _ = averaged
+    with pytest.raises(MissingExtraError, match="onnxscript"):
+        run.estimator.export_onnx(tmp_path / "model.onnx")

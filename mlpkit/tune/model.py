@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,17 @@ class TunedModel:
         """
         plain: nn.Module = self.model.to_sequential()  # type: ignore[operator]
         return plain.eval()
+
+    def export_onnx(self, path: str | os.PathLike[str]) -> None:
+        """Write the network as an ONNX file: encoded inputs (rows, in_features) float32 in, logits or numbers out.
+
+        What ``encoder``, ``temperature`` and the target's scale do is not part of it; model.json has them. Raises
+        MissingExtraError without onnxscript.
+        """
+        from mlpkit.interop.onnx import export
+
+        example = torch.zeros(2, len(self.encoder.feature_names))
+        export(copy.deepcopy(self.export()).float(), example, path)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``model.json`` into an existing directory."""
