@@ -4,6 +4,8 @@
 
 #include <array>
 
+#include "bindings_follow.h"
+#include "bindings_observe.h"
 #include "bindings_population.h"
 #include "bindings_step.h"
 #include "bindings_update.h"
@@ -57,6 +59,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("norm_biases"), py::arg("means"), py::arg("variances"), py::arg("seed"), py::arg("norm"), py::arg("eps"),
       py::arg("activation"), py::arg("negative_slope"), py::arg("p"), py::call_guard<py::gil_scoped_release>());
 
+  mlpkit::observing::bind_observe(m);
+  mlpkit::bind_outputs(m);
   mlpkit::bind_population(m);
   mlpkit::bind_step(m);
   mlpkit::bind_update(m);

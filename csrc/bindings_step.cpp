@@ -10,6 +10,7 @@
 
 #include "bindings_watch.h"
 #include "ops/mlp_step.h"
+#include "ops/observed_key.h"
 
 namespace mlpkit {
 namespace {
@@ -312,6 +313,7 @@ py::object WatchedStep::run(const py::object& inputs, const py::object& target, 
     const References references(alive_, places_);
     const py::gil_scoped_release release;
     const at::AutoDispatchBelowADInplaceOrView below;
+    const c10::impl::ExcludeDispatchKeyGuard unseen(kObserved);
     outcome = step_->take(x, t, p_, draws_, clip_norm, groups_);
   }
   if (!outcome.taken) return py::bool_(false);

@@ -10,6 +10,9 @@
 
 #include <cmath>
 
+#include "bindings_follow.h"
+#include "ops/observed_key.h"
+
 namespace mlpkit {
 
 // Never destroyed: the interpreter may be gone by then.
@@ -85,7 +88,8 @@ bool trained(PyObject* object) {
 
 bool undisturbed() {
   return at::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() &&
-         !at::autocast::is_autocast_enabled(at::kCPU) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !at::autocast::is_autocast_enabled(at::kCPU) && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !observed() &&
+         !outputs_followed() &&
          at::impl::PythonTorchFunctionTLS::stack_len() == 0;
 }
 

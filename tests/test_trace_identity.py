@@ -13,7 +13,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
 import mlpkit
-from mlpkit import _events
+from mlpkit import _C, _events
 from mlpkit.errors import ArgumentError
 from mlpkit.trace import Tracer, _observer
 from mlpkit.trace._records import OpRecord
@@ -100,7 +100,8 @@ def hooks():
         len(torch_optimizer._global_optimizer_post_hooks),
         torch.autograd._engine_run_backward,
         len(_events._listeners),
-        torch._C._len_torch_dispatch_stack(),
+        torch.nn.Module.__call__,
+        _C.followed(),
         torch.is_grad_enabled(),
     )
 

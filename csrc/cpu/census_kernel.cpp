@@ -30,8 +30,11 @@ struct Range {
     }
     return {bottom, top, largest, smallest};
   }
-  bool ordinary() const {
-    return top <= F::fp16_max && bottom >= (F::fp16_min > F::smallest_normal ? F::fp16_min : F::smallest_normal);
+  static constexpr Bits lowest_ordinary = F::fp16_min > F::smallest_normal ? F::fp16_min : F::smallest_normal;
+  bool ordinary() const { return top <= F::fp16_max && bottom >= lowest_ordinary; }
+  // Zeros, as an activation or dropout leaves them, and nothing else to count.
+  bool ordinary_but_for_zeros() const {
+    return top <= F::fp16_max && (smallest_less_one >= lowest_ordinary - 1 || top == 0);
   }
 };
 
@@ -64,6 +67,13 @@ CensusCounts count_block(const typename F::Bits* x, int64_t count) {
 }
 
 template <class F>
+int64_t count_zeros(const typename F::Bits* x, int64_t count) {
+  typename F::Bits zero = 0;
+  for (int64_t i = 0; i < count; ++i) zero += (x[i] & F::magnitude) == 0;
+  return zero;
+}
+
+template <class F>
 int64_t first_bad(const typename F::Bits* x) {
   int64_t i = 0;
   while ((x[i] & F::magnitude) < F::infinity) ++i;
@@ -92,7 +102,9 @@ void run(const Census& args) {
     const Range<F> range = Range<F>::of(x + begin, count);
     largest = range.largest_less_infinity > largest ? range.largest_less_infinity : largest;
     smallest = range.smallest_less_one < smallest ? range.smallest_less_one : smallest;
-    if (!range.ordinary()) {
+    if (range.ordinary_but_for_zeros()) {
+      if (!range.ordinary()) total.zero += count_zeros<F>(x + begin, count);
+    } else {
       const CensusCounts counts = count_block<F>(x + begin, count);
       total.nan += counts.nan;
       total.posinf += counts.posinf;

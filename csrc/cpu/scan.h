@@ -6,7 +6,7 @@
 namespace mlpkit {
 
 struct ScanResult {
-  double absmax, min_nonzero;  // of all elements; 0 where there are none; meaningless where there is NaN or Inf
+  double absmax, absmin;  // of all elements; 0 where there are none; meaningless where there is NaN or Inf
   int64_t zero;
   bool finite;
 };

@@ -5,31 +5,33 @@
 MLPKIT_BEGIN_ISA
 namespace {
 
-constexpr int64_t kBlock = 4096;  // short enough for 16-bit counters
+constexpr int64_t kBlock = 4096;  // short enough for 16-bit counters, and for the second look to find it in the cache
 
 template <class F>
 void run(const Scan& args) {
   using Bits = typename F::Bits;
   const Bits* x = static_cast<const Bits*>(args.data);
-  Bits top = 0, smallest_less_one = static_cast<Bits>(~Bits{0});
+  Bits top = 0, bottom = static_cast<Bits>(~Bits{0});
   int64_t zero = 0;
   for (int64_t begin = 0; begin < args.count; begin += kBlock) {
     const int64_t end = args.count - begin < kBlock ? args.count : begin + kBlock;
-    Bits zeros = 0;
+    Bits lowest = static_cast<Bits>(~Bits{0});
     for (int64_t i = begin; i < end; ++i) {
       const Bits magnitude = x[i] & F::magnitude;
       top = magnitude > top ? magnitude : top;
-      const Bits less_one = static_cast<Bits>(magnitude - 1);  // zero wraps around to the very top
-      smallest_less_one = less_one < smallest_less_one ? less_one : smallest_less_one;
-      zeros += magnitude == 0;
+      lowest = magnitude < lowest ? magnitude : lowest;
     }
+    bottom = lowest < bottom ? lowest : bottom;
+    if (lowest > 0) continue;
+    Bits zeros = 0;
+    for (int64_t i = begin; i < end; ++i) zeros += (x[i] & F::magnitude) == 0;
     zero += zeros;
   }
   const bool finite = top < F::infinity;
   *args.result = {0.0, 0.0, zero, finite};
-  if (!finite || top == 0) return;
+  if (!finite || args.count == 0) return;
   args.result->absmax = value_of<F>(top);
-  args.result->min_nonzero = value_of<F>(static_cast<Bits>(smallest_less_one + 1));
+  args.result->absmin = value_of<F>(bottom);
 }
 
 }  // namespace

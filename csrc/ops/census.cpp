@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/census.h"
+#include "ops/census.h"
 #include "ops/dtype.h"
 
 namespace mlpkit {
@@ -36,6 +36,8 @@ void merge(CensusResult& total, const CensusResult& part, int64_t offset) {
   for (int bin = 0; bin < kHistogramBins; ++bin) total.histogram[bin] += part.histogram[bin];
 }
 
+}  // namespace
+
 CensusResult census_of(const at::Tensor& tensor, bool histogram) {
   const at::Tensor dense = tensor.contiguous();
   const Dtype dtype = dtype_of("census", "the tensor", dense);
@@ -52,6 +54,8 @@ CensusResult census_of(const at::Tensor& tensor, bool histogram) {
   for (int64_t i = 0; i < chunks; ++i) merge(total, parts[i], i * kChunk);
   return total;
 }
+
+namespace {
 
 CensusTensors census_cpu(const at::TensorList tensors, bool histogram) {
   const int64_t rows = static_cast<int64_t>(tensors.size());

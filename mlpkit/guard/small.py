@@ -154,7 +154,8 @@ def _not_now(step: TrainStep, network: Network | None, spec: LossSpec | None, in
     assert isinstance(model, MLP)
     if network is None or native._changed(model) or torch.is_autocast_enabled("cuda"):
         return "a hook, a replaced layer or autocast changes the model"
-    if native._strangers() or listened_to() or function_modes() or torch._C._len_torch_dispatch_stack():
+    modes = function_modes() or torch._C._len_torch_dispatch_stack() or _C.followed()
+    if native._strangers() or listened_to() or modes:
         return "somebody changes or watches all modules, operations or optimizers"
     if not network.fits() or any(layer.norm or layer.slope is not None for layer in network.layers):
         return "the model has norms or prelu, or layers that do not fit each other"

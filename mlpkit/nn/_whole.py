@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from mlpkit._ext import _C
 from mlpkit.nn._block import NormActDropout
 from mlpkit.nn._recognise import hooked
 from mlpkit.nn.layers import FusedLinear
@@ -24,8 +25,9 @@ class Whole(NamedTuple):
 
 
 def globally_hooked() -> bool:
-    """Whether somebody watches every module of the process."""
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks)
+    """Whether somebody watches every module of the process, or modules and operations of this thread."""
+    hooked = hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks
+    return bool(hooked) or _C.followed()
 
 
 def whole(layers: Iterable[nn.Module]) -> Whole | None:

@@ -1,20 +1,18 @@
-"""Interception: the one place that knows how operations are seen. Everything above it reads ``OpCall`` only.
+"""Interception: what an operation is. Everything above reads ``OpCall`` only.
 
-A dispatch mode sees each ATen operation below autograd, forward, backward and optimizer alike. What an operation writes
-is read from its schema (results and mutable arguments), so that foreach and fused optimizer operations, which return
-nothing, are seen too.
+The native observer (csrc/bindings_observe.h) stands in the dispatcher below autograd and sees each operation that
+computes, forward, backward and optimizer alike. What an operation writes is read from its schema once (results and
+mutable arguments), so that foreach and fused optimizer operations, which return nothing, are seen too.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _SKIPPED_NAMESPACES = frozenset({"profiler", "prim", "prims", "debugprims"})
@@ -37,6 +35,18 @@ _OVERWRITERS = frozenset(
         "cauchy_",
     }
 )
+_REACH = {
+    **dict.fromkeys(("relu", "neg", "abs", "floor", "ceil", "round", "trunc"), "own"),
+    **dict.fromkeys(("add", "sub"), "sum"),
+    "mul": "product",
+    "div": "quotient",
+    "lerp": "lerp",
+    "addcmul": "addcmul",
+    "addcdiv": "addcdiv",
+    "_fused_adam": "adam",
+    "_fused_adamw": "adam",
+    "_fused_sgd": "sgd",
+}
 # Schemas that hide a mutation: (running mean, running variance) are updated in training mode.
 HIDDEN_WRITES = {"native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4)}
 
@@ -53,7 +63,11 @@ class Traits:
 
 @dataclass(slots=True, eq=False)
 class OpCall:
-    """One operation as it ran: the narrow interface between interception and everything above."""
+    """One operation as it ran: the narrow interface between interception and everything above.
+
+    old: values that mutated arguments had before, by ``id``; kept only where the operands' magnitudes did not rule out
+    a non-finite result.
+    """
 
     func: OpOverload
     traits: Traits
@@ -73,19 +87,6 @@ class OpCall:
     def before(self, value: torch.Tensor) -> torch.Tensor:
         """The value an argument had when the operation began."""
         return self.old.get(id(value), value)
-
-
-class Sink(Protocol):
-    """What an observer of operations offers."""
-
-    def before(self, call: OpCall) -> None:
-        """An operation is about to run."""
-
-    def viewed(self) -> None:
-        """A view that autograd records is about to be made."""
-
-    def after(self, call: OpCall) -> None:
-        """It ran; ``call.outputs`` holds what it returned."""
 
 
 def is_plain(value: object) -> bool:
@@ -110,17 +111,30 @@ def tensors_in(values: Any) -> Iterator[torch.Tensor]:
             yield from (item for item in value if is_plain(item))
 
 
-def _learn(func: OpOverload) -> Traits:
+def find(name: str, overload: str) -> OpOverload | None:
+    """The operator as Python calls it; None where Python has none."""
+    namespace, _, base = name.partition("::")
+    try:
+        found = getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
+    except AttributeError:
+        return None
+    return found if isinstance(found, OpOverload) else None
+
+
+def describe(func: OpOverload) -> tuple[Traits, list[int]]:
+    """What the schema says, and the positions of all arguments that are written."""
     schema = func._schema
     namespace, _, name = schema.name.partition("::")
     if namespace == "mlpkit":
         name = name.removesuffix("_forward").removesuffix("_backward")
-    writes: list[int | str] = []
-    for position, argument in enumerate(schema.arguments):
-        alias = argument.alias_info
-        if alias is not None and alias.is_write:
-            writes.append(argument.name if argument.kwarg_only else position)
-    writes.extend(HIDDEN_WRITES.get(name, ()))
+    positions = [
+        position
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    positions.extend(HIDDEN_WRITES.get(name, ()))
+    arguments = schema.arguments
+    writes = tuple(arguments[place].name if arguments[place].kwarg_only else place for place in positions)
     if namespace in _SKIPPED_NAMESPACES or schema.name == "mlpkit::census":
         kind = "skip"
     elif name in _ALLOCATORS:
@@ -129,62 +143,10 @@ def _learn(func: OpOverload) -> Traits:
         kind = "view"
     else:
         kind = "compute"
-    return Traits(name, kind, tuple(writes), name not in _OVERWRITERS)
+    reads = name not in _OVERWRITERS and not all(isinstance(place, str) for place in writes)
+    return Traits(name, kind, writes, reads), positions
 
 
-def _written(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    values = []
-    for place in traits.writes:
-        if isinstance(place, str):
-            values.append(kwargs.get(place))
-        elif place < len(args):
-            values.append(args[place])
-    return list(tensors_in(values))
-
-
-class Interceptor(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Shows every operation of this thread (and of the backward passes it starts) to a sink."""
-
-    def __init__(self, sink: Sink) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._sink = sink
-        self._traits: dict[OpOverload, Traits] = {}
-        self._process = os.getpid()
-
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        traits = self._traits.get(func)
-        if traits is None:
-            traits = self._traits[func] = _learn(func)
-        # A forked data-loading worker inherits the mode, but not the program that is traced.
-        if traits.kind == "skip" or os.getpid() != self._process:
-            return func(*args, **kwargs)
-        reads = [*tensors_in(args), *tensors_in(kwargs.values())]
-        graph = torch.is_grad_enabled()
-        builds_graph = graph and any(tensor.requires_grad for tensor in reads)
-        if traits.kind == "view":
-            if builds_graph:
-                self._sink.viewed()
-            return func(*args, **kwargs)
-        mutated = _written(traits, args, kwargs) if traits.writes else []
-        call = OpCall(func, traits, args, kwargs, reads, mutated, builds_graph)
-        # No autograd graph may grow while the tracer looks at tensors.
-        torch._C._set_grad_enabled(False)
-        try:
-            if traits.keeps_old and mutated:
-                call.old = {id(tensor): tensor.detach().clone() for tensor in mutated}
-            self._sink.before(call)
-        finally:
-            torch._C._set_grad_enabled(graph)
-        result = func(*args, **kwargs)
-        values = result if isinstance(result, (list, tuple)) else (result,)
-        own = {id(tensor) for tensor in mutated}
-        call.outputs = [tensor for tensor in tensors_in(values) if id(tensor) not in own]
-        torch._C._set_grad_enabled(False)
-        try:
-            self._sink.after(call)
-        finally:
-            torch._C._set_grad_enabled(graph)
-        return result
+def reach(name: str) -> str:
+    """How far the results of an in-place operation can reach, in the words of csrc/ops/observed.h."""
+    return _REACH.get(name.removeprefix("_foreach_").removesuffix("_"), "unknown") if name.endswith("_") else "unknown"

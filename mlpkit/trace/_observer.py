@@ -1,31 +1,50 @@
 """Follows NaN and Inf from operation to operation: who made them, what they became, and whether they matter.
 
-One record per operation. An *incident* begins where a result holds NaN or Inf and no input did; results that inherit it
+The native observer keeps one record per operation and calls here only where something is bad, may have been rounded to
+zero, or is new to it. An *incident* begins where a result holds NaN or Inf and no input did; results that inherit it
 belong to it; it counts once it reaches a loss, a parameter, optimizer state, a buffer or a returned value (a *sink*).
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import proxy
 
 import torch
 
-from mlpkit.trace import _cause, _roots, _shadow
-from mlpkit.trace._history import History
-from mlpkit.trace._intercept import OpCall
+from mlpkit import _C
+from mlpkit.trace import _cause, _intercept, _roots, _shadow
+from mlpkit.trace._intercept import OpCall, Traits
 from mlpkit.trace._ledger import Ledger
+from mlpkit.trace._recall import Recalled, Remembered
 from mlpkit.trace._records import Finding, Incident, OpRecord, Place, Scan
-from mlpkit.trace._scan import scan, scan_all
 from mlpkit.trace._silent import Silence
 from mlpkit.trace._sinks import Sinks
-from mlpkit.trace._where import Surroundings
+from mlpkit.trace._where import Names, kind_of_file, short
 
 _FILLS = frozenset({"fill_", "full", "full_like", "new_full", "scalar_tensor", "masked_fill", "masked_fill_"})
 _FILLS |= {"constant_pad_nd", "where", "index_fill", "index_fill_"}
-_UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"
 _MOST_RECORDS = 50_000  # a program without steps must not grow
+
+# As csrc/ops/observed.h numbers them.
+_PHASES = ("forward", "backward", "optimizer", "source")
+_KINDS = ("compute", "view", "allocate", "skip")
+_ZEROS = ("none", "more", "any", "tiny")
+_REACHES = ("unknown", "own", "sum", "product", "quotient", "lerp", "addcmul", "addcdiv", "adam", "sgd")
+_UNKNOWN: dict[str, Any] = {
+    "function": None,
+    "traits": None,
+    "name": "",
+    "kind": 3,
+    "keeps_old": False,
+    "zeros": 0,
+    "reach": 0,
+    "rounds_ones": False,
+    "scales": False,
+    "writes": [],
+}
 
 
 class _Bad:
@@ -39,74 +58,102 @@ class _Bad:
 
 
 class Observer:
-    """The sink of interception."""
+    """What the native observer calls, and all that was found."""
 
-    def __init__(self, where: Surroundings) -> None:
-        self.where = where
-        self.ledger = Ledger()
-        self.history = History()
+    def __init__(self) -> None:
+        # The native observer lives no longer than this one, and must not keep it alive.
+        me = proxy(self)
+        self.native = _C.Observer(me, kind_of_file, _MOST_RECORDS)
+        self.names = Names(self.native)
+        self.ledger = Ledger(self.native)
+        self.history = Remembered(self.native, self._place, self.names.name)
         self.sinks = Sinks(self.ledger, self.history)
         self.silence = Silence(self.ledger, self.history, self.sinks)
-        self.operations = 0
         self._roots = _roots.Roots()
-        self._records: deque[OpRecord] = deque()
-        self._step_began = 0
-        self._place: Place | None = None
-        self._parents: tuple[OpRecord, ...] = ()
+        self._recall: Callable[[Any], OpRecord] = lambda record: me.native.twin(record)
+        self._files: dict[str, str] = {}
+        self._place_now: Place | None = None
         self._bad: list[_Bad] = []
+        self.on_root: Callable[[torch.nn.Module], None] = lambda root: None
+        self.on_output: Callable[[torch.nn.Module, Any], None] = lambda root, output: None
 
-    # Before an operation: where it runs, which of its inputs are already bad.
+    @property
+    def operations(self) -> int:
+        """Operations seen so far."""
+        return int(self.native.operations)
 
-    def before(self, call: OpCall) -> None:
-        """Look at the inputs while they still hold their values."""
-        records, bad = [], []
-        unseen = []
-        for tensor in call.reads:
-            cell = self.ledger.find(tensor)
-            if cell is None or cell.record is None:
-                unseen.append(tensor)
-            else:
-                cell.record.consumed = True
-                records.append(cell.record)
-        self._place = self.where.place(call, (*records, *self._strangers(call, unseen)))
-        for tensor in call.reads:
-            cell = self.ledger.cell(tensor)
-            if not cell.kind and self._place.phase != "backward" and _is_leaf(tensor):
-                self.ledger.name(tensor, "parameter", "")
-            if cell.record is None:
-                self._meet(call, tensor, self._place)
-            if cell.bad and cell.record is not None:
-                found = scan(tensor)
-                if found.bad:
-                    bad.append(_Bad(cell.record, found))
-        self._bad = bad
-        self._parents = tuple({id(r): r for r in (self.ledger.cell(t).record for t in call.reads) if r}.values())
+    # What the native observer must know, and how its records look here.
 
-    def _strangers(self, call: OpCall, tensors: Sequence[torch.Tensor]) -> list[OpRecord]:
-        """Stand-ins for inputs not met yet, so that their conversion is recognised as such."""
-        nowhere = Place(self.where.step, "source", "", "", 0, "")
-        return [OpRecord(-1, "input", "", nowhere) for tensor in tensors if self.ledger.find(tensor) is None]
+    def learn(self, name: str, overload: str) -> dict[str, Any]:
+        """What an operation is; asked once for each."""
+        func = _intercept.find(name, overload)
+        if func is None:
+            return _UNKNOWN
+        traits, positions = _intercept.describe(func)
+        return {
+            "function": func,
+            "traits": traits,
+            "name": traits.name,
+            "kind": _KINDS.index(traits.kind),
+            "keeps_old": traits.keeps_old,
+            "zeros": _ZEROS.index(_zeros(traits.name)),
+            "reach": _REACHES.index(_intercept.reach(traits.name)),
+            "rounds_ones": _shadow.base_name(traits.name) in _roots.ROUNDED,
+            "scales": _shadow.base_name(traits.name) in ("mul", "div"),
+            "writes": positions,
+        }
 
-    def _meet(self, call: OpCall, tensor: torch.Tensor, place: Place) -> None:
-        """First sight of memory that no observed operation wrote."""
-        cell = self.ledger.cell(tensor)
-        if any(tensor is written for written in call.mutated) and not call.traits.keeps_old:
-            return  # about to be overwritten: what it holds is of no interest
-        found = scan(tensor)
-        fresh = cell.bad
-        known = bool(cell.kind)
-        op = "empty" if fresh else "param" if known else "input"
-        module = cell.name.rpartition(".")[0] if known else ""
-        origin = Place(place.step, "source", module, place.file, place.line, "")
-        record = self._record(op, tensor, origin, (), found)
-        record.subject = cell.name
-        cell.record, cell.bad = record, found.bad
-        if cell.kind == "parameter":
-            self.history.start(cell.name, found.absmax)
-        if found.bad:
-            self._external(tensor, record, found)
+    def recall(self, native: Any) -> OpRecord:
+        """A record as the diagnosing half reads it."""
+        return Recalled(native, self._place(native.place), self._recall)
 
-    def _external(self, tensor: torch.Tensor, record: OpRecord, found: Scan) -> None:
+    def _place(self, place: tuple[int, str, int, int, int]) -> Place:
+        step, phase, module, number, node = place
+        file, line = self.native.line(number)
+        if file not in self._files:
+            self._files[file] = short(file) if file else ""
+        return Place(step, phase, self.names.name(module), self._files[file], line, self.native.node(node))
+
+    def number_of(self, module: str) -> int:
+        """The number of a module's name."""
+        return self.names.number(module)
+
+    def call(
+        self,
+        func: Any,
+        traits: Traits,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reads: list[torch.Tensor],
+        mutated: list[torch.Tensor],
+        builds_graph: bool,
+        outputs: list[torch.Tensor],
+        old: list[torch.Tensor],
+    ) -> OpCall:
+        """An operation and all that it read and wrote."""
+        before = {id(tensor): value for tensor, value in zip(mutated, old)}
+        return OpCall(func, traits, args, kwargs, reads, mutated, builds_graph, outputs, before)
+
+    # What the program does.
+
+    def stepped(self) -> None:
+        """A step ended."""
+        self.sinks.step_ended(self.native.step)
+
+    def unknown_leaf(self, tensor: torch.Tensor) -> None:
+        """Something that the program trains, of no module that is known yet."""
+        self.ledger.name(tensor, "parameter", "")
+
+    def backward_done(self) -> None:
+        """A backward pass is over."""
+        self.sinks.backward_done()
+        self.silence.gradients(self.native.step)
+
+    # What is wrong.
+
+    def external(self, record: OpRecord, tensor: torch.Tensor, seen: tuple[Any, ...]) -> None:
+        """Memory that no observed operation wrote holds NaN or Inf."""
+        found = Scan(*seen)
         index = _cause.first_bad(tensor, nan=found.nan > 0)
         value = float(tensor.detach()[tuple(index)])
         what = f"`{record.subject}` " if record.subject else ""
@@ -119,61 +166,35 @@ class Observer:
         if not intended:
             self.sinks.add(record.incident)
 
-    def viewed(self) -> None:
-        """Views hold nothing new, but backward operations are mapped to them."""
-        self.where.note_view()
+    def judge(self, record: OpRecord, call: OpCall, seen: list[Any], bad: list[Any]) -> None:
+        """An operation wrote NaN or Inf."""
+        self._place_now = record.place
+        self._bad = [_Bad(source, Scan(*found)) for source, found in bad]
+        self._judge(call, record, [*call.outputs, *call.mutated], [Scan(*found) for found in seen])
 
-    # After an operation: what it wrote.
+    def rounded(self, record: OpRecord, call: OpCall, seen: list[Any], bad: list[Any]) -> None:
+        """An operation wrote zeros that may have been rounded."""
+        self._roots.look(call, record, [*call.outputs, *call.mutated], [Scan(*found) for found in seen])
 
-    def after(self, call: OpCall) -> None:
-        """Record what an operation wrote and judge it."""
-        place = self._place
-        if place is None:
-            return
-        if call.traits.kind == "allocate":
-            for tensor in call.outputs:
-                self.ledger.allocated(tensor)
-            return
-        self.operations += 1
-        written = [*call.outputs, *call.mutated]
-        if not written:
-            if call.name == "_local_scalar_dense":
-                self.sinks.escaped([bad.record for bad in self._bad], place)
-            return
-        scans = scan_all(written)
-        record = self._record(call.name, written[0], place, self._parents, *scans)
-        if place.phase == "optimizer" and call.name == "mul":
-            record.multiplied = _number(call.args[0])
-        if any(found.bad for found in scans):
-            self._judge(call, record, written, scans)
-        else:
-            self._roots.look(call, record, written, scans)
-        self.history.operation(record)
-        for tensor, found in zip(written, scans):
-            self._write(call, tensor, record, found)
-        if call.name == _UNSCALE:
-            self._unscaled(float(call.args[2]))
-        elif call.name == "_amp_update_scale_":
-            self.where.ended = True  # the scaler ends a step even where it skipped the optimizer's
+    def unmoved(self, record: OpRecord, call: OpCall, tensor: torch.Tensor) -> None:
+        """A parameter was updated by hand, to what it was before."""
+        self.silence.wrote(tensor, record)
 
-    def _record(
-        self, op: str, tensor: torch.Tensor, place: Place, parents: tuple[OpRecord, ...], *scans: Scan
-    ) -> OpRecord:
-        record = OpRecord(self.operations, op, str(tensor.dtype).removeprefix("torch."), place, parents)
-        record.zero = sum(found.zero for found in scans)
-        record.absmax = max(found.absmax for found in scans)
-        record.nothing = scans[0].zero > 0 and scans[0].absmax == 0 and not scans[0].bad
-        record.derived = op == "param" or (op not in ("input", "empty") and _is_derived(place, parents))
-        record.value = next((_word(found) for found in scans if found.bad), "")
-        self._records.append(record)
-        if len(self._records) > _MOST_RECORDS:
-            self._records.popleft().forget()
-        return record
+    def reached(self, record: OpRecord, kind: str, name: str) -> None:
+        """A bad value was written where it matters."""
+        self.sinks.reach(record, kind, name, record.place)
+
+    def escaped(self, records: Sequence[OpRecord], step: int, phase: int, module: int, line: int) -> None:
+        """A bad value left for Python."""
+        self.sinks.escaped(records, self._place((step, _PHASES[phase], module, line, 0)))
+
+    def unscaled(self, records: Sequence[OpRecord], inverse: float) -> None:
+        """A gradient scaler met bad gradients."""
+        incidents = [record.incident for record in records if record.incident is not None]
+        self.sinks.unscaled(incidents, 1.0 / inverse if inverse else math.inf)
 
     def _judge(self, call: OpCall, record: OpRecord, written: list[torch.Tensor], scans: list[Scan]) -> None:
         """Birth, change (Inf to NaN) or mere passing on of a bad value."""
-        if not self._bad:
-            self._meet_again(call)
         real = [bad for bad in self._bad if bad.incident and not bad.incident.intended]
         meant = [bad for bad in self._bad if bad.incident and bad.incident.intended]
         nan_in = any(bad.scan.nan for bad in self._bad)
@@ -199,25 +220,9 @@ class Observer:
             finding.capture = self._roots.captures.take(call)
             self._begin(record, finding, self._step_size(call, which))
 
-    def _meet_again(self, call: OpCall) -> None:
-        """Inputs that went bad since they were last written: by NumPy, another library or another thread."""
-        for tensor in call.reads:
-            if not call.traits.keeps_old and any(tensor is written for written in call.mutated):
-                continue
-            found = scan(call.before(tensor))
-            if found.bad and self._place is not None:
-                cell = self.ledger.cell(tensor)
-                op, module = ("param", cell.name.rpartition(".")[0]) if cell.kind else ("input", "")
-                origin = Place(self._place.step, "source", module, self._place.file, self._place.line, "")
-                record = self._record(op, tensor, origin, (), found)
-                record.subject = cell.name
-                cell.record, cell.bad = record, True
-                self._external(call.before(tensor), record, found)
-                self._bad.append(_Bad(record, found))
-
     def _step_size(self, call: OpCall, which: int) -> float:
         """The largest number passed to an operation that updates a parameter, such as the learning rate; else 0."""
-        if self._place is None or self._place.phase != "optimizer":
+        if self._place_now is None or self._place_now.phase != "optimizer":
             return 0.0
         cells = [self.ledger.find(tensor) for tensor in call.mutated]
         updates = any(cell is not None and cell.kind == "parameter" for cell in cells)
@@ -233,49 +238,19 @@ class Observer:
         self.sinks.add(incident)
 
     def _is_constant(self, call: OpCall, finding: Finding) -> bool:
-        if self._place is not None and self._place.phase == "optimizer":
+        if self._place_now is not None and self._place_now.phase == "optimizer":
             return False
         return finding.cause == "hyperparameter" or (call.name in _FILLS and not self._bad)
 
-    def _write(self, call: OpCall, tensor: torch.Tensor, record: OpRecord, found: Scan) -> None:
-        cell = self.ledger.wrote(tensor, record, found.bad)
-        if not cell.kind:
-            return
-        record.subject = record.subject or cell.name or cell.kind
-        if cell.kind == "parameter" and record.place.phase == "optimizer":
-            self.where.ended = True
-            if id(tensor) in call.old and not self.history.knows(cell.name):
-                self.history.start(cell.name, scan(call.old[id(tensor)]).absmax)
-            self.history.parameter(cell.name, record, found.absmax)
-            if not self.where.in_optimizer and id(tensor) in call.old:
-                self.silence.wrote(call, tensor, record)
-        if found.bad:
-            self.sinks.reach(record, cell.kind, cell.name, record.place)
 
-    def _unscaled(self, inverse: float) -> None:
-        incidents = [bad.incident for bad in self._bad if bad.incident is not None]
-        self.sinks.unscaled(incidents, 1.0 / inverse if inverse else math.inf)
-
-    def backward_done(self) -> None:
-        """A backward pass is over."""
-        self.sinks.backward_done()
-        self.silence.gradients(self.where.step)
-
-    def retire(self) -> None:
-        """A step ended: records older than the previous step let go of each other."""
-        self.sinks.step_ended(self.where.step)
-        while self._records and self._records[0].index < self._step_began:
-            self._records.popleft().forget()
-        self._step_began = self.operations
-
-
-def _is_leaf(tensor: torch.Tensor) -> bool:
-    """What a program trains; views made without a graph look like leaves too."""
-    return isinstance(tensor, torch.nn.Parameter) or (tensor.requires_grad and tensor.is_leaf and not tensor._is_view())
-
-
-def _is_derived(place: Place, parents: tuple[OpRecord, ...]) -> bool:
-    return bool(place.module) or place.phase not in ("forward", "source") or any(parent.derived for parent in parents)
+def _zeros(name: str) -> str:
+    """Which zeros in an operation's results may have been rounded."""
+    base = _shadow.base_name(name)
+    if name in ("_to_copy", "copy_") or base in _roots.PRODUCTS:
+        return "more"
+    if base in _roots.EXPONENTIALS:
+        return "any"
+    return "tiny" if base in _roots.BOUNDS else "none"
 
 
 def _finite_operands(finding: Finding) -> bool:
@@ -284,10 +259,3 @@ def _finite_operands(finding: Finding) -> bool:
 
 def _word(found: Scan) -> str:
     return "NaN" if found.nan else "Inf" if found.posinf else "-Inf" if found.neginf else ""
-
-
-def _number(value: object) -> float | None:
-    """The magnitude of a tensor that holds a single number, such as a loss."""
-    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        return None
-    return abs(float(value.detach()))

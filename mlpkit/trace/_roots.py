@@ -15,11 +15,11 @@ from mlpkit.trace._intercept import OpCall, is_plain
 from mlpkit.trace._numbers import short, smallest
 from mlpkit.trace._records import Finding, Incident, OpRecord, Scan
 
-_PRODUCTS = frozenset({"mul", "div", "pow", "square", "addcmul", "prod", "mean", "var", "linalg_vector_norm"})
-_EXPONENTIALS = frozenset({"exp", "exp2", "sigmoid", "_softmax", "special_expm1"})
-_BOUNDS = frozenset({"add", "clamp", "clamp_min", "maximum", "fill", "full", "full_like", "scalar_tensor", "where"})
+PRODUCTS = frozenset({"mul", "div", "pow", "square", "addcmul", "prod", "mean", "var", "linalg_vector_norm"})
+EXPONENTIALS = frozenset({"exp", "exp2", "sigmoid", "_softmax", "special_expm1"})
+BOUNDS = frozenset({"add", "clamp", "clamp_min", "maximum", "fill", "full", "full_like", "scalar_tensor", "where"})
 _ZERO_CAUSES = frozenset({"division_by_zero", "zero_over_zero", "log_of_zero", "zero_times_inf"})
-_ROUNDED = frozenset({"add", "sub", "rsub", "clamp", "clamp_min", "clamp_max"})
+ROUNDED = frozenset({"add", "sub", "rsub", "clamp", "clamp_min", "clamp_max"})
 # Operation of the backward pass: what it is in the forward pass, and the values of its result where it is flat.
 FLAT = {
     "sigmoid_backward": ("sigmoid", (0.0, 1.0)),
@@ -66,7 +66,7 @@ def is_flat(call: OpCall) -> bool:
 
 def _rounded_scalar(call: OpCall, record: OpRecord) -> Finding | None:
     """A bound such as 1 - 1e-8, which float32 rounds to 1."""
-    if _shadow.base_name(call.name) not in _ROUNDED:
+    if _shadow.base_name(call.name) not in ROUNDED:
         return None
     dtype = getattr(torch, record.dtype)
     for value in _shadow.scalars(call, 0):
@@ -96,11 +96,11 @@ def _suspicious(call: OpCall, record: OpRecord, scans: Sequence[Scan]) -> bool:
         return record.zero > inherited
     if record.place.phase == "optimizer" and base in ("mul", "div"):
         return False
-    if base in _PRODUCTS:
+    if base in PRODUCTS:
         return record.zero > inherited
-    if base in _EXPONENTIALS:
+    if base in EXPONENTIALS:
         return True
-    if base in _BOUNDS:
+    if base in BOUNDS:
         tiny = smallest(record.dtype)
         return any(0 < abs(value) < tiny for value in _shadow.scalars(call, 0))
     return False

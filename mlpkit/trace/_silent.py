@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from mlpkit.trace._history import History
-from mlpkit.trace._intercept import OpCall, is_plain
+from mlpkit.trace._intercept import is_plain
 from mlpkit.trace._ledger import Ledger
 from mlpkit.trace._numbers import limit, short
 from mlpkit.trace._records import Finding, Incident, Link, OpRecord, Place, Sink
@@ -47,13 +46,11 @@ _GATES = frozenset(
 _GATES |= frozenset({"leaky_relu", "gelu", "silu", "hardswish", "_addmm_activation", "clamp", "maximum"})
 _GATE_GRADIENTS = frozenset({"threshold_backward", "where", "mul", "masked_fill", "hardtanh_backward"})
 _FLAT_NODES = {"ClampBackward0": "clamp", "ClampBackward1": "clamp", "HardtanhBackward0": "hardtanh"}
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NORMS = frozenset({"native_layer_norm", "native_group_norm", "native_batch_norm"})
 _LOW = ("float16", "bfloat16")
 _ENOUGH = 3  # steps in a row
 _DEPTH = 4096
 _SLIGHT = 1e-3  # gradients below it may round away in a run that has come to rest
-_LOOKS = 64  # updates that are compared bit by bit
 
 
 class Origin(NamedTuple):
@@ -86,8 +83,6 @@ class Silence:
         self._ledger, self._history, self._sinks = ledger, history, sinks
         self._stalls: dict[tuple[str, str, str, str, str], Stall] = {}
         self._steps: dict[int, None] = {}  # steps with a backward pass
-        self._updates = 0
-        self._before: list[tuple[torch.Tensor, Any]] = []
 
     # Gradients of zeros.
 
@@ -95,7 +90,7 @@ class Silence:
         """A backward pass is over."""
         self._steps[step] = None
         losses = self._history.losses
-        if not losses:
+        if not losses or not self._ledger.zeros(parameter.grad for parameter in self._ledger.leaves()):
             return
         still: dict[int, tuple[Origin, list[str]]] = {}
         total = 0
@@ -140,43 +135,29 @@ class Silence:
 
     def updating(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer is about to step: keep what may fail to move."""
-        self._before = []
-        self._updates += 1
-        if self._updates > _LOOKS and self._updates % _LOOKS > _ENOUGH:
-            return
         for group in optimizer.param_groups:
             rate = group.get("lr", 1.0)
-            if not isinstance(rate, float) or rate == 0:
-                continue
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                cell = None if gradient is None else self._ledger.find(gradient)
-                if gradient is not None and gradient.is_cpu and is_plain(gradient) and (cell is None or not cell.bad):
-                    self._before.append((parameter, _bits(parameter).copy()))
+            if isinstance(rate, float) and rate != 0:
+                self._ledger.before_update(group["params"])
 
     def updated(self, step: int) -> None:
         """The optimizer has stepped."""
-        still = []
-        for parameter, old in self._before:
-            gradient = parameter.grad
-            if gradient is not None and np.array_equal(_bits(parameter), old):
-                still.append((parameter, gradient))
-        total, self._before = len(self._before), []
-        self._frozen(still, total, step)
+        still, total = self._ledger.unmoved()
+        if still:
+            self._frozen(still, total, step)
 
-    def wrote(self, call: OpCall, tensor: torch.Tensor, record: OpRecord) -> None:
-        """A parameter was updated by hand."""
-        old, gradient = call.before(tensor), tensor.grad
-        if old is tensor or gradient is None or not tensor.is_cpu or not np.array_equal(_bits(old), _bits(tensor)):
+    def wrote(self, tensor: torch.Tensor, record: OpRecord) -> None:
+        """A parameter was updated by hand, to what it was before."""
+        if tensor.grad is None or all(parent.nothing or parent.subject for parent in record.parents):
             return
-        if all(parent.nothing or parent.subject for parent in record.parents):
-            return
-        self._frozen([(tensor, gradient)], 1, record.place.step)
+        self._frozen([tensor], 1, record.place.step)
 
-    def _frozen(self, still: list[tuple[torch.Tensor, torch.Tensor]], total: int, step: int) -> None:
+    def _frozen(self, still: Sequence[torch.Tensor], total: int, step: int) -> None:
         zero: dict[int, tuple[Origin, list[str]]] = {}
         names, first = [], None
-        for parameter, gradient in still:
+        for parameter in still:
+            gradient = parameter.grad
+            assert gradient is not None
             owner, cell = self._ledger.find(parameter), self._ledger.find(gradient)
             name = owner.name if owner is not None else ""
             if scan(gradient).absmax > 0:
@@ -304,11 +285,6 @@ def _passes_variance(record: OpRecord) -> bool:
     if record.op.removesuffix("_backward") not in _NORMS or not record.parents:
         return False
     return max(parent.absmax for parent in record.parents) > math.sqrt(limit(record.dtype))
-
-
-def _bits(tensor: torch.Tensor) -> Any:
-    """The bits of a tensor, for a look without an operation that the tracer would see."""
-    return tensor.detach().view(_INTEGERS[tensor.element_size()]).numpy()
 
 
 def _bad_parents(record: OpRecord) -> list[OpRecord]:

@@ -85,6 +85,11 @@ class Sinks:
         if cell is not None and cell.record is not None:
             self.reach(cell.record, kind, name or cell.name, cell.record.place)
 
+    def trained(self, step: int, loss: float) -> None:
+        """A backward pass begins at a loss that is fine."""
+        self._trained = True
+        self._history.loss(step, loss)
+
     def backward_from(self, roots: Sequence[torch.Tensor], step: int) -> None:
         """A backward pass begins at these tensors: the loss."""
         self._trained = True
@@ -116,6 +121,8 @@ class Sinks:
     def backward_done(self) -> None:
         """A backward pass is over: remember the bad gradients it left, in case nobody clears or applies them."""
         self._gradients = []
+        if not self._ledger.any_bad():
+            return
         for parameter in self._ledger.leaves():
             cell = self._bad_cell(parameter.grad) if parameter.grad is not None else None
             if cell is not None and cell.record is not None:

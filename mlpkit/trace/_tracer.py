@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import proxy
 
 import torch
 
@@ -17,11 +18,11 @@ from mlpkit.report import write_whole
 from mlpkit.trace._allowed import is_allowed
 from mlpkit.trace._capture import Capture, bundle
 from mlpkit.trace._diagnosis import Diagnosis, diagnose, healthy
-from mlpkit.trace._intercept import Interceptor, tensors_in
+from mlpkit.trace._intercept import tensors_in
 from mlpkit.trace._log import write_events, write_lines
 from mlpkit.trace._observer import Observer
 from mlpkit.trace._watching import Watching
-from mlpkit.trace._where import Surroundings
+from mlpkit.trace._where import Quiet, Surroundings
 
 _LEVELS = ("observe", "watch")
 
@@ -46,38 +47,37 @@ class Tracer:
             raise ArgumentError(f"Tracer: level is {level!r}, must be one of {', '.join(_LEVELS)}")
         if model is not None and not isinstance(model, torch.nn.Module):
             raise ArgumentError(f"Tracer: model is a {type(model).__name__}, must be a torch.nn.Module or None")
-        self._where = Surroundings(model)
-        self._observer = Observer(self._where)
-        self._interceptor: Interceptor | None = None
+        self._observer = Observer()
+        self._native = self._observer.native
+        self._where = where = Surroundings(self._native)
+        self._entered = False
         self._unsubscribe: Any = None
         self.raised: str | None = None  # the exception that ended the block, by name
         self._stepped = False
         self._verified: Diagnosis | None = None
-        self._known_states = (0, -1)
-        where = self._where
-        where.on_root = self._know_module
-        where.on_output = self._check_output
+        self._known: dict[int, tuple[int, ...]] = {}  # what was seen of each optimizer
+        # The observer lives as long as its hooks; none of them may keep the tracer alive.
+        me = proxy(self)
+        self._observer.on_root = lambda root: me._know_module(root)
+        self._observer.on_output = lambda root, output: me._check_output(root, output)
         where.on_optimizer = self._know_optimizer
-        where.on_backward = lambda roots: self._observer.sinks.backward_from(roots, where.step)
+        where.on_backward = self._begin_backward
         where.on_backward_done = self._observer.backward_done
-        where.on_step = self._observer.retire
-        where.name_of = self._name_of
         if model is not None:
             self._know_module(model)
         self._watching = Watching(model, self._observe) if level == "watch" else None
-        self._entered = False
 
     def __enter__(self) -> Tracer:
         if self._entered:
             raise ArgumentError("Tracer: already entered; make a new Tracer for another run")
+        if self._watching is None and not self._native.start():
+            raise ArgumentError("Tracer: eight tracers are at work already, inside each other")
         self._entered = True
         if self._watching is not None:
             self._watching.open()
             return self
-        self._interceptor = Interceptor(self._observer)
         self._unsubscribe = _events.subscribe(self._hear)
         self._where.open()
-        self._interceptor.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -87,21 +87,24 @@ class Tracer:
         self.raised = kind.__name__ if kind is not None and not issubclass(kind, SystemExit) else None
         if self._watching is not None:
             return self._watching.close()
-        assert self._interceptor is not None
-        self._interceptor.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        self._native.stop()
         self._where.close()
         self._unsubscribe()
         with torch.no_grad():
             self._observer.silence.finish()
-            self._observer.sinks.finish(self._where.scaling)
+            self._observer.sinks.finish(self._native.scaling)
 
     def next_step(self) -> None:
         """Begin a step; the first call opens step 0, and from then on optimizer steps no longer count."""
-        self._where.counting = False
         if self._watching is not None:
             self._watching.counting = False
+            if self._stepped:
+                self._watching.next_step()
+        self._native.counting = False
         if self._stepped:
-            (self._where if self._watching is None else self._watching).next_step()
+            self._native.next_step()
+            with Quiet(self._native):
+                self._observer.stepped()
         self._stepped = True
 
     @property
@@ -206,48 +209,64 @@ class Tracer:
     def _observe(self, step: int, model: torch.nn.Module | None) -> Tracer:
         """A tracer of every operation, for a step that watch found."""
         tracer = Tracer(model)
-        tracer._where.step = step
-        tracer._where.counting = False
+        tracer._native.step = step
+        tracer._native.counting = False
         return tracer
 
     def _reached(self, tensors: Sequence[torch.Tensor], kind: str) -> None:
         """What a replayed call gave: a bad value in it is one that mattered."""
-        for tensor in tensors:
-            self._observer.sinks.reach_if_bad(tensor, kind)
+        with Quiet(self._native):
+            for tensor in tensors:
+                self._observer.sinks.reach_if_bad(tensor, kind)
 
     # What the program tells about itself.
 
     def _know_module(self, root: torch.nn.Module) -> None:
-        ledger = self._observer.ledger
-        for name, parameter in root.named_parameters():
-            ledger.name(parameter, "parameter", name)
+        names, ledger = self._observer.names, self._observer.ledger
+        if names.prefix(root) is None:
+            names.adopt(root)
+        prefix = names.prefix(root)
+        parameters, buffers = list(root.named_parameters()), list(root.named_buffers())
+        for name, parameter in parameters:
+            ledger.name(parameter, "parameter", f"{prefix}{name}")
             self._observer.sinks.known(parameter)
-        for name, buffer in root.named_buffers():
-            ledger.name(buffer, "buffer", name)
+        for name, buffer in buffers:
+            ledger.name(buffer, "buffer", f"{prefix}{name}")
             self._observer.sinks.known(buffer)
+        self._native.remember(root, [tensor for _, tensor in (*parameters, *buffers)])
 
     def _know_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         ledger = self._observer.ledger
         states: Mapping[Any, Any] = optimizer.state
-        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-        self._observer.history.learning_rate = max(rates, default=None)
-        if self._where.in_optimizer:
+        groups = optimizer.param_groups
+        self._observer.history.learning_rate = max(
+            (float(group["lr"]) for group in groups if "lr" in group), default=None
+        )
+        if self._native.in_optimizer:
             self._observer.silence.updating(optimizer)
         else:
             self._observer.silence.updated(self._where.step)
+        seen = (id(states), sum(map(len, states.values())), *[len(group["params"]) for group in groups])
+        if self._known.get(id(optimizer)) == seen:
+            return
+        self._known[id(optimizer)] = seen
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 ledger.name(parameter, "parameter", "")
-        known = id(states), sum(len(state) for state in states.values())
-        if known == self._known_states:
-            return
-        self._known_states = known
         for parameter, state in states.items():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
                     ledger.name(value, "optimizer state", f"{key} of {self._name_of(parameter)}")
                     self._observer.sinks.known(value)
                     self._observer.sinks.reach_if_bad(value, "optimizer state")
+
+    def _begin_backward(self, roots: Sequence[torch.Tensor]) -> None:
+        sinks = self._observer.sinks
+        value = self._native.unscaled(roots[0]) if len(roots) == 1 and roots[0].numel() == 1 else -1.0
+        if value < 0:
+            sinks.backward_from(roots, self._where.step)
+        else:
+            sinks.trained(self._where.step, value)
 
     def _name_of(self, tensor: torch.Tensor) -> str:
         cell = self._observer.ledger.find(tensor)
@@ -271,7 +290,7 @@ class Tracer:
             return
         if event.get("skipped"):
             self._observer.sinks.skipped(event, self._where.step)
-        self._where.ended = True
+        self._native.ended = True
 
     def _tell(self, event: dict[str, Any]) -> None:
         """Where a step that is being skipped first went wrong, for the guard's record."""

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
-from weakref import ReferenceType, ref
 
 import torch
 
@@ -56,27 +54,17 @@ class Warned:
 class Watch:
     """The ring of rows, filled by the hooks of a tracer."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: _C.Outputs) -> None:
         self.rows: deque[Row] = deque(maxlen=RING)
         self.row = Row(0)
         self.limits: dict[tuple[str, str], float] = {}
         self.warnings: dict[tuple[str, str], Warned] = {}
-        self._last: ReferenceType[torch.Tensor] | None = None
+        self._outputs = outputs
 
-    def output(self, name: str, output: Any) -> bool:
-        """Note a module's output; says whether it holds NaN or Inf. A container's output is its last child's."""
-        tensors = [output] if isinstance(output, torch.Tensor) else _tensors(output)
-        if len(tensors) == 1 and self._last is not None and self._last() is tensors[0]:
-            return False
-        self._last = ref(tensors[0]) if tensors else None
-        peak = max(_C.peaks(tensors), default=-1.0)
-        if peak < 0:
-            return False
-        outputs = self.row.outputs
-        outputs[name] = max(peak, outputs.get(name, 0.0))
-        if len(self.rows) < 2:
-            self.limits["output", name] = min(_limit(tensor) for tensor in tensors)
-        return peak == math.inf
+    @property
+    def begun(self) -> bool:
+        """Whether anything was noted in this step."""
+        return self._outputs.any() or bool(self.row.gradients)
 
     def gradients(self, names: Sequence[str], tensors: Sequence[torch.Tensor | None]) -> bool:
         """Note the gradients of a step; says whether one holds NaN or Inf."""
@@ -99,9 +87,11 @@ class Watch:
 
     def end_step(self) -> None:
         """Close the row; look for trends now and then."""
+        self.row.outputs = self._outputs.take()
+        if len(self.rows) < 2:
+            self.limits.update((("output", name), limit) for name, limit in self._outputs.limits().items())
         self.rows.append(self.row)
         self.row = Row(self.row.step + 1)
-        self._last = None
         if len(self.rows) >= _TREND and self.row.step % (_TREND // 2) == 0:
             self._look_ahead()
 
@@ -144,17 +134,6 @@ def steps_left(values: Sequence[float], limit: float) -> int | None:
         return None
     left = (math.log2(limit) - bits[-1]) / slope
     return max(1, round(left)) if left <= _HORIZON else None
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        return [output]
-    values: Iterable[Any] = ()
-    if isinstance(output, dict):
-        values = output.values()
-    elif isinstance(output, (list, tuple)):
-        values = output
-    return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 
 def _limit(tensor: torch.Tensor) -> float:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
-from weakref import ref
+from weakref import proxy, ref
 
 import torch
-from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from mlpkit import _C
 from mlpkit.trace._diagnosis import Diagnosis
 from mlpkit.trace._held import Held
 from mlpkit.trace._numbers import short
 from mlpkit.trace._watch import Warned, Watch
+from mlpkit.trace._where import follow_modules
 
 _MOST_HELD = 16  # calls of a root in one step
 
@@ -22,19 +24,20 @@ class Watching:
     """Watches one thread's modules and optimizers; ``observe`` makes a tracer for a step's replay."""
 
     def __init__(self, model: torch.nn.Module | None, observe: Callable[[int, torch.nn.Module | None], Any]) -> None:
-        self.watch = Watch()
+        # The native half lives no longer than this one, and must not keep it alive.
+        self._outputs = _C.Outputs(proxy(self))
+        self.watch = Watch(self._outputs)
         self.found: list[Diagnosis] = []
         self.counting = True
         self.observing: Any = None  # the tracer that follows once a step could not be replayed
         self._model = model
         self._observe = observe
-        self._names: dict[int, tuple[ref[torch.nn.Module], str]] = {}
-        self._depth = 0
+        self._modules: dict[int, ref[torch.nn.Module]] = {}
         self._held: list[Held] = []
         self._bad = ""
         self._answered = False
         self._ended = False
-        self._paused = False
+        self._closing = False
         self._removers: list[Callable[[], None]] = []
         self._known: dict[int, tuple[list[str], list[torch.Tensor], list[str], list[torch.Tensor]]] = {}
         self._roots: dict[int, ref[torch.nn.Module]] = {}
@@ -48,24 +51,24 @@ class Watching:
     def open(self) -> None:
         """Attach all hooks."""
         for hook in (
-            torch_module.register_module_forward_pre_hook(self._enter),
-            torch_module.register_module_forward_hook(self._leave, always_call=True),
             register_optimizer_step_pre_hook(self._before_update),
             register_optimizer_step_post_hook(self._after_update),
         ):
             self._removers.append(hook.remove)
+        self._removers += [self._outputs.stop, follow_modules(self._outputs)]
         if self._model is not None:
             self._adopt(self._model)
 
     def close(self) -> None:
         """Detach everything; judge what is left."""
-        while self._removers:
-            self._removers.pop()()
+        self._closing = True
         if self._bad:
             self._answer()
         if self.observing is not None:
             self.observing.__exit__(None, None, None)
-        if self.watch.row.outputs or self.watch.row.gradients:
+        while self._removers:
+            self._removers.pop()()
+        if self.watch.begun:
             self.watch.end_step()
 
     def next_step(self) -> None:
@@ -80,8 +83,7 @@ class Watching:
     @property
     def steps(self) -> int:
         """Steps seen so far."""
-        begun = bool(self.watch.row.outputs or self.watch.row.gradients)
-        return max(1, self.watch.row.step + begun)
+        return max(1, self.watch.row.step + self.watch.begun)
 
     def healthy(self, raised: str | None) -> Diagnosis:
         """The verdict of a run in which nothing was found."""
@@ -100,39 +102,34 @@ class Watching:
 
     def _adopt(self, root: torch.nn.Module) -> None:
         for name, module in root.named_modules():
-            self._names[id(module)] = ref(module), name
+            self._modules[id(module)] = ref(module, partial(self._gone, id(module)))
+            self._outputs.adopt(module, name)
         self._roots[id(root)] = ref(root)
         self._own[id(root)] = [one for one in root.parameters() if not one.is_inference()]
-        self._removers.append(root.register_forward_pre_hook(self._hold, with_kwargs=True).remove)
 
-    def _name(self, module: torch.nn.Module) -> str | None:
-        known = self._names.get(id(module))
-        return known[1] if known is not None and known[0]() is module else None
+    def _gone(self, key: int, weak: object) -> None:
+        if self._modules.get(key) is weak:
+            del self._modules[key]
+            self._outputs.forget(key)
 
-    def _enter(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        self._depth += 1
-        if self._depth > 1 or self._paused or torch._C._current_graph_task_id() != -1:
-            return
+    def entered(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An outermost module is called."""
         if self._ended and self.counting:
             self.next_step()
         known = self._roots.get(id(module))
         if known is None or known() is not module:
             self._adopt(module)
-            self._hold(module, args, {})  # its own hook begins with the next call
-
-    def _hold(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._depth == 1 and not self._paused and len(self._held) < _MOST_HELD:
+        if len(self._held) < _MOST_HELD:
             self._held.append(Held(module, args, kwargs, self._own[id(module)]))
 
-    def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self._depth = max(0, self._depth - 1)
-        if self._paused or torch._C._current_graph_task_id() != -1:
-            return
-        name = self._name(module)
-        if name is not None and self.watch.output(name, output) and not self._bad:
-            self._bad = f"the output of `{name}`"
-        if self._depth == 0 and self._held and self._held[-1].root is module:
+    def left(self, module: torch.nn.Module, output: Any) -> None:
+        """It has returned."""
+        if self._held and self._held[-1].root is module:
             self._held[-1].listen(output)
+
+    def bad_output(self, name: str) -> None:
+        """The output of a module holds NaN or Inf."""
+        self._bad = self._bad or f"the output of `{name}`"
 
     def _tensors_of(self, optimizer: Optimizer) -> tuple[list[str], list[torch.Tensor], list[str], list[torch.Tensor]]:
         """Names and parameters of an optimizer, then of the roots' buffers."""
@@ -152,7 +149,7 @@ class Watching:
         return known
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._paused:
+        if self._outputs.paused:
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
@@ -165,7 +162,7 @@ class Watching:
             self._answer()
 
     def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._paused:
+        if self._outputs.paused:
             return
         names, parameters, buffer_names, buffers = self._tensors_of(optimizer)
         if self.watch.parameters([*names, *buffer_names], [*parameters, *buffers]) and not self._answered:
@@ -180,13 +177,13 @@ class Watching:
         what, self._bad = self._bad, ""
         if self._answered or self.observing is not None:
             return
-        self._answered = self._paused = True
+        self._answered = self._outputs.paused = True
         try:
             why = self._replay()
             if not why:
                 return
         finally:
-            self._paused = False
+            self._outputs.paused = False
         self._say(what, why, "")
 
     def _replay(self) -> str:
@@ -208,7 +205,7 @@ class Watching:
     def _say(self, what: str, why: str, module: str) -> None:
         self._answered = True
         sentence = f"Step {self.step}: {what} holds NaN or Inf; the step cannot be replayed ({why})"
-        if self.observing is None and self._removers:
+        if self.observing is None and not self._closing:
             self.observing = self._observe(self.step, self._model)
             self.observing.__enter__()
             sentence += "; the steps that follow are observed"

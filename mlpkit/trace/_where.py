@@ -1,7 +1,7 @@
-"""Where an operation runs: step, phase, module, user line, autograd node.
+"""Where an operation runs: what Python must tell the native observer about modules, steps and backward passes.
 
-Module names come from torch's global module hooks, steps from its global optimizer hooks; a backward operation is
-mapped to the forward operation with its autograd sequence number. All hooks are removed by ``close``.
+Module names come from torch's global module hooks, steps from its global optimizer hooks. All hooks are removed by
+``close``.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FrameType
+from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
-from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from mlpkit.trace._intercept import OpCall
-from mlpkit.trace._records import OpRecord, Place
+from mlpkit import _C
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -28,35 +26,77 @@ _GUARD = os.path.join(_OURS, "guard") + os.sep
 _SCALING = os.path.join(_GUARD, "scale.py")
 _SCALER_FILE = os.path.join(_TORCH, "amp", "grad_scaler.py")
 _UPDATE_FILES = (os.path.join(_TORCH, "optim"), os.path.join(_TORCH, "nn", "utils", "clip_grad.py"))
-_MOST_NODES = 1 << 17  # of forward operations that backward ones can be mapped to, per step
-_NO_SEQUENCE = 1 << 63
+_USER, _PASSED, _UPDATE, _SCALER, _GUARDING = range(5)  # as csrc/bindings_observe.h numbers kinds of files
+
+
+class Names:
+    """Qualified names of modules, by number; 0 is no module."""
+
+    def __init__(self, native: _C.Observer) -> None:
+        self._native = native
+        self._names = [""]
+        self._numbers = {"": 0}
+        self._alive: dict[int, tuple[ref[torch.nn.Module], str]] = {}
+
+    def name(self, number: int) -> str:
+        """The name behind a number."""
+        return self._names[number]
+
+    def number(self, name: str) -> int:
+        """The number of a name."""
+        if name not in self._numbers:
+            self._numbers[name] = len(self._names)
+            self._names.append(name)
+        return self._numbers[name]
+
+    def adopt(self, root: torch.nn.Module) -> None:
+        """Name the modules below a root as ``root.named_modules()`` does."""
+        for name, module in root.named_modules():
+            name = _without_wrapper(name)
+            self._alive[id(module)] = ref(module, partial(self._gone, id(module))), name
+            self._native.adopt(module, self.number(name))
+
+    def prefix(self, module: torch.nn.Module) -> str | None:
+        """What stands before the names of a module's own parameters; None for a module that has no name yet."""
+        known = self._alive.get(id(module))
+        return None if known is None else f"{known[1]}." if known[1] else ""
+
+    def _gone(self, key: int, weak: object) -> None:
+        known = self._alive.get(key)
+        if known is not None and known[0] is weak:
+            del self._alive[key]
+            self._native.forget(key)
+
+
+class Quiet:
+    """While it is entered, nothing is observed: the tracer itself looks at tensors."""
+
+    def __init__(self, native: _C.Observer) -> None:
+        self._native = native
+
+    def __enter__(self) -> None:
+        self._native.paused += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._native.paused -= 1
 
 
 class Surroundings:
-    """Follows the program; ``place(call, parents)`` says where an operation stands."""
+    """Hooks that follow the program."""
 
-    def __init__(self, model: torch.nn.Module | None) -> None:
-        self.step = 0
-        self.counting = True
-        self.scaling = False  # a gradient scaler has been seen
-        self.ended = False  # an optimizer step has been seen; the next step begins with the next fresh work
-        self.on_root: Callable[[torch.nn.Module], None] = lambda root: None
-        self.on_output: Callable[[torch.nn.Module, Any], None] = lambda root, output: None
+    def __init__(self, native: _C.Observer) -> None:
+        self.native = native
         self.on_optimizer: Callable[[Optimizer], None] = lambda optimizer: None
         self.on_backward: Callable[[Sequence[torch.Tensor]], None] = lambda roots: None
         self.on_backward_done: Callable[[], None] = lambda: None
-        self.on_step: Callable[[], None] = lambda: None
-        self.name_of: Callable[[torch.Tensor], str] = lambda tensor: ""
-        self._names: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
-        self._stack: list[str] = []
-        self._depth_at_backward: list[int] = []
-        self._in_optimizer = False
-        self._sequence: dict[int, Place] = {}
-        self._older_sequence: dict[int, Place] = {}
-        self._files: dict[str, tuple[str, str]] = {}
         self._removers: list[Callable[[], None]] = []
-        if model is not None:
-            self.adopt(model)
+
+    @property
+    def step(self) -> int:
+        """The step that runs."""
+        return int(self.native.step)
 
     def open(self) -> None:
         """Attach all hooks."""
@@ -64,162 +104,97 @@ class Surroundings:
         warnings.filterwarnings("ignore", message="Using `torch.compile")
         self._removers.append(partial(_drop_filter, warnings.filters[0]))
         for hook in (
-            torch_module.register_module_forward_pre_hook(self._enter_module),
-            torch_module.register_module_forward_hook(self._leave_module, always_call=True),
             register_optimizer_step_pre_hook(self._enter_optimizer),
             register_optimizer_step_post_hook(self._leave_optimizer),
         ):
             self._removers.append(hook.remove)
+        self._removers.append(follow_modules(self.native))
         autograd: Any = torch.autograd  # its engine entry is private; every backward() and grad() goes through it
         engine = autograd._engine_run_backward
 
         def watched(roots: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+            if not self.native.here():
+                return engine(roots, *args, **kwargs)
             outermost = torch._C._current_graph_task_id() == -1
             if outermost:
-                self._in_optimizer = False
-                self.on_backward(roots)
-            self._depth_at_backward.append(len(self._stack))
+                with Quiet(self.native):
+                    self.on_backward(roots)
+            self.native.begin_backward()
             try:
                 result = engine(roots, *args, **kwargs)
             finally:
-                self._depth_at_backward.pop()
+                self.native.end_backward()
             if outermost:
-                self.on_backward_done()
+                with Quiet(self.native):
+                    self.on_backward_done()
             return result
 
         autograd._engine_run_backward = watched
         self._removers.append(lambda: setattr(autograd, "_engine_run_backward", engine))
+        self._removers.append(run_compiled_code_eagerly())
 
     def close(self) -> None:
         """Detach everything ``open`` attached."""
         while self._removers:
             self._removers.pop()()
 
-    def adopt(self, root: torch.nn.Module) -> None:
-        """Name the modules below a root as ``root.named_modules()`` does."""
-        for name, module in root.named_modules():
-            self._names[module] = _without_wrapper(name)
-
-    def next_step(self) -> None:
-        """Begin the next step now."""
-        self.step += 1
-        self.ended = False
-        self._older_sequence, self._sequence = self._sequence, {}
-        self.on_step()
-
-    @property
-    def in_optimizer(self) -> bool:
-        """Inside an optimizer's ``step()``."""
-        return self._in_optimizer
-
-    def place(self, call: OpCall, parents: tuple[OpRecord, ...]) -> Place:
-        """Where ``call`` runs, given the records that made its inputs."""
-        file, line, updating = self._user_frame(call.builds_graph)
-        node: Any = torch._C._current_autograd_node()
-        inside = len(self._stack) > (self._depth_at_backward[-1] if self._depth_at_backward else 0)
-        # A module that runs during backward is a checkpointed forward, run again.
-        if node is not None and not inside:
-            return self._backward_place(node, file, line)
-        if inside:
-            phase = "forward"
-        elif updating or self._in_optimizer or self._is_update(call, parents):
-            phase = "optimizer"
-        else:
-            phase = "source" if _is_conversion(call, parents) else "forward"
-        if self.ended and self.counting and self._is_fresh(call, phase, parents):
-            self.next_step()
-        place = Place(self.step, phase, self._stack[-1] if self._stack else "", file, line, "")
-        self._note(place)
-        return place
-
-    def note_view(self) -> None:
-        """A view has an autograd node of its own, whose backward may be a real operation."""
-        if torch._C._current_autograd_node() is None:
-            file, line, _ = self._user_frame(True)
-            module = self._stack[-1] if self._stack else ""
-            self._note(Place(self.step, "forward", module, file, line, ""))
-
-    def _note(self, place: Place) -> None:
-        self._sequence.setdefault(_sequence_number() - 1, place)
-        if len(self._sequence) > _MOST_NODES:
-            self._older_sequence, self._sequence = self._sequence, {}
-
-    def _backward_place(self, node: Any, file: str, line: int) -> Place:
-        name = node.name().removeprefix("torch::autograd::")
-        number = node._sequence_nr()
-        if number >= _NO_SEQUENCE:
-            owner = self.name_of(node.variable) if hasattr(node, "variable") else ""
-            return Place(self.step, "backward", owner.rpartition(".")[0], file, line, name)
-        origin = self._sequence.get(number) or self._older_sequence.get(number)
-        if origin is None:
-            return Place(self.step, "backward", "", file, line, name)
-        return Place(self.step, "backward", origin.module, origin.file, origin.line, name)
-
-    def _is_update(self, call: OpCall, parents: tuple[OpRecord, ...]) -> bool:
-        """A hand-written update, clip or unscale: no graph is built and gradients flow in."""
-        if call.builds_graph or not parents:
-            return False
-        return any(
-            record.place.step == self.step
-            and (record.place.phase == "backward" or (record.place.phase == "optimizer" and not record.subject))
-            for record in parents
-        )
-
-    def _is_fresh(self, call: OpCall, phase: str, parents: tuple[OpRecord, ...]) -> bool:
-        """Work of the next step: neither an update nor something that merely looks at this step's results."""
-        if phase == "optimizer":
-            return False
-        if self._stack:
-            return True
-        results = [record.place.step == self.step and not _comes_from_outside(record) for record in parents]
-        return not all(results) if call.builds_graph else not any(results)
-
-    def _user_frame(self, builds_graph: bool) -> tuple[str, int, bool]:
-        updating = False
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            name = frame.f_code.co_filename
-            known = self._files.get(name)
-            if known is None:
-                known = self._files[name] = (_kind_of_file(name), _short(name))
-            kind, shown = known
-            if kind == "user":
-                return shown, frame.f_lineno, updating
-            self.scaling = self.scaling or kind == "scaler"
-            updating = updating or kind in ("update", "scaler") or (kind == "guard" and not builds_graph)
-            frame = frame.f_back
-        return "", 0, updating
-
-    def _enter_module(self, module: torch.nn.Module, args: Any) -> None:
-        if not _watched():
-            return
-        if not self._stack:
-            if module not in self._names:
-                self.adopt(module)
-            self.on_root(module)
-        self._stack.append(self._names.get(module, self._stack[-1] if self._stack else ""))
-
-    def _leave_module(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if not _watched():
-            return
-        if self._stack:
-            self._stack.pop()
-        if not self._stack:
-            self.on_output(module, output)
-
     def _enter_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._in_optimizer = True
-        self.on_optimizer(optimizer)
+        if self.native.here():
+            self.native.in_optimizer = True
+            with Quiet(self.native):
+                self.on_optimizer(optimizer)
 
     def _leave_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._in_optimizer = False
-        self.on_optimizer(optimizer)
-        self.ended = True
+        if self.native.here():
+            self.native.in_optimizer = False
+            with Quiet(self.native):
+                self.on_optimizer(optimizer)
+            self.native.ended = True
 
 
-def _watched() -> bool:
-    """Hooks are global, interception belongs to a thread: modules of other threads are not followed."""
-    return torch._C._len_torch_dispatch_stack() > 0
+def follow_modules(native: _C.Observer | _C.Outputs) -> Callable[[], None]:
+    """Every module call goes by the observer: global hooks would take torch's slow path. Returns what undoes it."""
+    module: Any = torch.nn.Module
+    call = module.__dict__["__call__"]
+    followed = native.follow(call)
+    module.__call__ = followed
+
+    def undo() -> None:
+        if module.__dict__["__call__"] is followed:
+            module.__call__ = call
+
+    return undo
+
+
+def run_compiled_code_eagerly() -> Callable[[], None]:
+    """Compiled code would hide its operations, so that ``torch.compile`` is passed over; returns what undoes that."""
+    undo: list[Callable[[], None]] = []
+
+    def force() -> None:
+        stance = torch.compiler.set_stance("force_eager")
+        undo.append(partial(stance.__exit__, None, None, None))
+
+    if "torch._dynamo" in sys.modules:
+        force()
+        return undo[0]
+    # Importing the compiler takes seconds: it is told when the program itself brings it.
+    compiler = torch.compile
+
+    def brought(*args: Any, **kwargs: Any) -> Any:
+        result = compiler(*args, **kwargs)
+        if not undo and torch.compile is brought and "torch._dynamo" in sys.modules:
+            force()
+        return result
+
+    torch.compile = brought
+
+    def put_back() -> None:
+        if torch.compile is brought:
+            torch.compile = compiler
+        for one in undo:
+            one()
+
+    return put_back
 
 
 def _drop_filter(entry: Any) -> None:
@@ -233,35 +208,21 @@ def _without_wrapper(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _comes_from_outside(record: OpRecord) -> bool:
-    return record.place.phase == "source" or bool(record.subject)
-
-
-def _is_conversion(call: OpCall, parents: tuple[OpRecord, ...]) -> bool:
-    """A cast of data or of a parameter, outside any forward."""
-    if call.name not in ("_to_copy", "copy_") or call.builds_graph:
-        return False
-    if not parents:  # integers
-        return call.name == "_to_copy"
-    return all(not record.derived or record.subject for record in parents)
-
-
-_sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
-
-
-def _kind_of_file(name: str) -> str:
+def kind_of_file(name: str) -> int:
+    """What a file is, for the native observer's search of the user's line."""
     if name == _SCALER_FILE:
-        return "scaler"
+        return _SCALER
     if name == _SCALING or name.startswith(_UPDATE_FILES):
-        return "update"
+        return _UPDATE
     if name.startswith(_TORCH) or name.startswith("<frozen"):
-        return "torch"
+        return _PASSED
     if name.startswith(_GUARD):
-        return "guard"
-    return "ours" if name.startswith(_OURS) else "user"
+        return _GUARDING
+    return _PASSED if name.startswith(_OURS) else _USER
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A file's name, relative to the working directory where it lies inside."""
     here = os.getcwd() + os.sep
     path = os.path.abspath(name) if os.path.exists(name) else name
     return path.removeprefix(here)

@@ -35,16 +35,16 @@ void scan(Report& report) {
           exact.finite = exact.finite && std::isfinite(x);
           exact.zero += x == 0;
           const double size = std::fabs(static_cast<double>(x));
-          if (!std::isfinite(x) || x == 0) continue;
+          if (!std::isfinite(x)) continue;
           exact.absmax = std::max(exact.absmax, size);
-          if (exact.min_nonzero == 0 || size < exact.min_nonzero) exact.min_nonzero = size;
+          exact.absmin = i == 0 ? size : std::min(exact.absmin, size);
         }
         mlpkit::cpu::scan({dtype, memory.data(), count, &ours});
         report.that("finite", count, ours.finite == exact.finite);
         report.that("zero", count, ours.zero == exact.zero);
         if (!exact.finite) continue;
         report.that("absmax", count, ours.absmax == exact.absmax);
-        report.that("min_nonzero", count, ours.min_nonzero == exact.min_nonzero);
+        report.that("absmin", count, ours.absmin == exact.absmin);
       }
 }
 
