@@ -244,6 +244,7 @@ py::dict Observer::parameters() {
 }
 
 void bind_observe(py::module_& m) {
+  m.def("observed", &observed);
   m.def("followed", [] { return observed() || outputs_followed(); });
   py::class_<Record, RecordRef>(m, "ObservedRecord")
       .def_readonly("index", &Record::index)

@@ -24,8 +24,6 @@ void each_tensor(const c10::IValue& value, Use use) {
   }
 }
 
-constexpr int64_t kYoung = 4;  // updates after which a parameter that moved is taken to move on
-
 // What a program trains; views made without a graph look like leaves too.
 bool is_leaf(const at::Tensor& tensor) { return tensor.requires_grad() && tensor.is_leaf() && !tensor.is_view(); }
 
@@ -56,24 +54,6 @@ bool has_almost_one(c10::ArrayRef<c10::IValue> arguments) {
 bool same_bits(const at::Tensor& a, const at::Tensor& b) {
   return a.is_cpu() && b.is_cpu() && a.is_contiguous() && b.is_contiguous() && a.nbytes() == b.nbytes() &&
          std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
-}
-
-std::vector<char> bits_of(const at::Tensor& tensor) {
-  const at::Tensor whole = tensor.is_contiguous() ? tensor : copy_of(tensor);
-  const char* data = static_cast<const char*>(whole.const_data_ptr());
-  return {data, data + whole.nbytes()};
-}
-
-// Some lines of memory, spread over a contiguous tensor.
-std::vector<char> few_bits_of(const at::Tensor& tensor) {
-  constexpr size_t kLine = 64, kLines = 16;
-  const size_t bytes = tensor.nbytes();
-  if (bytes <= 2 * kLine * kLines) return bits_of(tensor);
-  const char* data = static_cast<const char*>(tensor.const_data_ptr());
-  std::vector<char> found(kLine * kLines);
-  for (size_t i = 0; i < kLines; ++i)
-    std::memcpy(found.data() + i * kLine, data + (bytes - kLine) * i / (kLines - 1), kLine);
-  return found;
 }
 
 bool builds_graph(c10::ArrayRef<c10::IValue> arguments) {
@@ -208,8 +188,11 @@ void Observer::gather(Call& call) {
 void Observer::meet(Call& call, const at::Tensor& tensor, Cell& cell) {
   if (!call.operation->traits.keeps_old && among(tensor, call.mutated)) return;  // what it holds is of no interest
   const Sight sight = look(tensor);
-  const RecordRef met =
-      source(tensor, cell, cell.bad ? "empty" : cell.kind.empty() ? "input" : "param", call.place, sight);
+  const RecordRef met = source(tensor, cell,
+                               cell.bad            ? "empty"
+                               : cell.kind.empty() ? "input"
+                                                   : "param",
+                               call.place, sight);
   cell.bad = sight.bad();
   cell.fresh = false;
   const bool whole = tensor.nbytes() >= tensor.storage().nbytes();
@@ -404,32 +387,6 @@ void Observer::wrote(const at::Tensor& tensor, const RecordRef& made, const Sigh
   if (!sight.bad()) return;
   relearn_ = true;
   tell("reached", twin(made), cell.kind, cell.name);
-}
-
-void Observer::before_update(const std::vector<at::Tensor>& parameters) {
-  for (const at::Tensor& parameter : parameters) {
-    const at::Tensor& gradient = parameter.grad();
-    if (!gradient.defined() || !gradient.is_cpu() || !plain(gradient) || !parameter.is_cpu() || !plain(parameter))
-      continue;
-    const Cell* cell = memory_.find(gradient);
-    if (cell != nullptr && cell->bad) continue;
-    // All bits are kept while it is young, and once a few of them did not move.
-    const bool whole = !parameter.is_contiguous() || updates_ < kYoung || suspicious_;
-    moving_.push_back({parameter, whole ? bits_of(parameter) : few_bits_of(parameter), whole});
-  }
-  ++updates_;
-}
-
-std::pair<std::vector<at::Tensor>, size_t> Observer::unmoved() {
-  std::vector<at::Tensor> still;
-  for (const Moving& one : moving_)
-    if (one.parameter.grad().defined() &&
-        one.bits == (one.whole ? bits_of(one.parameter) : few_bits_of(one.parameter)))
-      still.push_back(one.parameter);
-  const size_t total = moving_.size();
-  suspicious_ = !still.empty();
-  moving_.clear();
-  return {still, total};
 }
 
 // The call as Python's half of the observer takes it.

@@ -6,11 +6,10 @@ namespace mlpkit::observing {
 
 py::object Observer::follow(py::object call) {
   const auto alive = alive_;  // null once it stopped
-  return follow_modules({std::move(call), [alive] { return *alive != nullptr && (*alive)->here(); },
-                         [alive](const ModuleCall& call) { (*alive)->enter(call.module()); },
-                         [alive](const ModuleCall& call, py::handle output) {
-                           (*alive)->leave(call.module(), output);
-                         }});
+  return follow_modules(
+      {std::move(call), [alive] { return *alive != nullptr && (*alive)->here(); },
+       [alive](const ModuleCall& call) { (*alive)->enter(call.module()); },
+       [alive](const ModuleCall& call, py::handle output) { (*alive)->leave(call.module(), output); }});
 }
 
 }  // namespace mlpkit::observing

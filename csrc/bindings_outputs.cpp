@@ -45,7 +45,8 @@ class Outputs {
     const auto alive = alive_;
     thread_ = std::this_thread::get_id();
     ++following;
-    return follow_modules({std::move(call), [alive] { return *alive && (*alive)->thread_ == std::this_thread::get_id(); },
+    return follow_modules({std::move(call),
+                           [alive] { return *alive && (*alive)->thread_ == std::this_thread::get_id(); },
                            [alive](const ModuleCall& call) { (*alive)->enter(call); },
                            [alive](const ModuleCall& call, py::handle output) { (*alive)->leave(call, output); }});
   }

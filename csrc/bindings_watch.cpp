@@ -88,9 +88,8 @@ bool trained(PyObject* object) {
 
 bool undisturbed() {
   return at::GradMode::is_enabled() && !c10::InferenceMode::is_enabled() &&
-         !at::autocast::is_autocast_enabled(at::kCPU) && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !observed() &&
-         !outputs_followed() &&
-         at::impl::PythonTorchFunctionTLS::stack_len() == 0;
+         !at::autocast::is_autocast_enabled(at::kCPU) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !observed() && !outputs_followed() && at::impl::PythonTorchFunctionTLS::stack_len() == 0;
 }
 
 namespace {

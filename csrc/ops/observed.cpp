@@ -19,8 +19,7 @@ namespace mlpkit::observing {
 namespace {
 
 constexpr int64_t kChunk = 1 << 16;  // elements a thread looks at at once
-constexpr c10::DispatchKeySet kInterposers({kObserved, c10::DispatchKey::Python,
-                                            c10::DispatchKey::PythonTLSSnapshot,
+constexpr c10::DispatchKeySet kInterposers({kObserved, c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
                                             c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
                                             c10::DispatchKey::FuncTorchDynamicLayerBackMode});
 

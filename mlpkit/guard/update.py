@@ -109,7 +109,7 @@ def as_torch_now(optimizer: Any) -> bool:
     attributes = vars(optimizer)
     if attributes.get("grad_scale") is not None or attributes.get("found_inf") is not None:
         return False
-    if _replaced(optimizer) or torch._C._len_torch_dispatch_stack() or watching_functions():
+    if _replaced(optimizer) or torch._C._len_torch_dispatch_stack() or _C.observed() or watching_functions():
         return False
     for group in optimizer.param_groups:
         # A rate that is a tensor takes part in torch's arithmetic as one.
