@@ -46,17 +46,16 @@ bool concerned(int slot, const Observer& observer) {
 
 void observe(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard inside(kObserved);
-  c10::SmallVector<std::unique_ptr<Watcher>, 1> watchers;
+  std::array<std::optional<Watcher>, kSlots> watchers;
   for (const int slot : c10::irange(kSlots)) {
     Observer* observer = Observer::at_slot(slot);
     if (observer == nullptr || !concerned(slot, *observer)) continue;
-    auto watcher = std::make_unique<Watcher>(slot, observer);
-    if (observer->before(op, torch::jit::last(*stack, op.schema().arguments().size()), watcher->call))
-      watchers.push_back(std::move(watcher));
+    Call& call = watchers[slot].emplace(slot, observer).call;
+    if (!observer->before(op, torch::jit::last(*stack, op.schema().arguments().size()), call)) watchers[slot].reset();
   }
   op.redispatchBoxed(keys & kBelow, stack);
   for (auto watcher = watchers.rbegin(); watcher != watchers.rend(); ++watcher)
-    if (Observer::at_slot((*watcher)->slot) == (*watcher)->observer)
+    if (*watcher && Observer::at_slot((*watcher)->slot) == (*watcher)->observer)
       (*watcher)->observer->after(torch::jit::last(*stack, op.schema().returns().size()), (*watcher)->call);
 }
 
@@ -162,6 +161,9 @@ const Operation& Observer::operation_of(const c10::OperatorHandle& handle) {
 
 void Observer::name(const at::Tensor& tensor, const std::string& kind, const std::string& name) {
   if (!plain(tensor)) return;
+  if (kind == "parameter")
+    leaves_.insert_or_assign(tensor.unsafeGetTensorImpl(),
+                             c10::weak_intrusive_ptr<c10::TensorImpl>(tensor.getIntrusivePtr()));
   Cell& cell = memory_.cell(tensor);
   cell.kind = kind;
   cell.name = name;
@@ -193,13 +195,18 @@ double Observer::unscaled(const at::Tensor& loss) {
   return value;
 }
 
-std::vector<at::Tensor> Observer::zeros_of(const std::vector<std::optional<at::Tensor>>& tensors) {
-  std::vector<at::Tensor> found;
-  for (const std::optional<at::Tensor>& tensor : tensors) {
-    const Cell* cell = tensor && plain(*tensor) ? memory_.find(*tensor) : nullptr;
-    if (cell && cell->record && cell->record->zero && !cell->bad && cell->absmax == 0) found.push_back(*tensor);
+bool Observer::any_gradient_of_zeros() {
+  for (auto leaf = leaves_.begin(); leaf != leaves_.end();) {
+    if (leaf->second.expired()) {
+      leaf = leaves_.erase(leaf);
+      continue;
+    }
+    const at::Tensor gradient = at::Tensor(leaf->second.lock()).grad();
+    const Cell* cell = gradient.defined() && plain(gradient) ? memory_.find(gradient) : nullptr;
+    if (cell && cell->record && cell->record->zero && !cell->bad && cell->absmax == 0) return true;
+    ++leaf;
   }
-  return found;
+  return false;
 }
 
 py::object Observer::twin(const RecordRef& record) {
@@ -285,7 +292,7 @@ void bind_observe(py::module_& m) {
       .def("bad_records", &Observer::bad_records)
       .def("any_bad", &Observer::any_bad)
       .def("unscaled", &Observer::unscaled)
-      .def("zeros_of", &Observer::zeros_of)
+      .def("any_gradient_of_zeros", &Observer::any_gradient_of_zeros)
       .def("before_update", &Observer::before_update)
       .def("unmoved", &Observer::unmoved)
       .def("series_of", &Observer::series_of)

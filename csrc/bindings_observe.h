@@ -96,8 +96,8 @@ class Observer {
   bool any_bad();
   // The magnitude of a loss before a loss scale multiplied it; -1 where it is not known, or bad.
   double unscaled(const at::Tensor& loss);
-  // Of these, the tensors whose last known content is zeros, and nothing but zeros.
-  std::vector<at::Tensor> zeros_of(const std::vector<std::optional<at::Tensor>>& tensors);
+  // Whether a parameter's gradient was last written with zeros, and nothing else.
+  bool any_gradient_of_zeros();
   // Parameters with a gradient, before an update; and after it those of them that it did not move, with their number.
   void before_update(const std::vector<at::Tensor>& parameters);
   std::pair<std::vector<at::Tensor>, size_t> unmoved();
@@ -171,6 +171,7 @@ class Observer {
   int64_t step_began_ = 0;
   std::unordered_map<uintptr_t, int> modules_;
   std::unordered_map<uintptr_t, std::vector<std::pair<c10::weak_intrusive_ptr<c10::TensorImpl>, void*>>> roots_;
+  std::unordered_map<c10::TensorImpl*, c10::weak_intrusive_ptr<c10::TensorImpl>> leaves_;
   bool relearn_ = true;  // names of a root's tensors may have changed
   bool ever_bad_ = false;
   std::vector<Moving> moving_;

@@ -118,6 +118,7 @@ bool Observer::before(const c10::OperatorHandle& handle, c10::ArrayRef<c10::IVal
   const Traits& traits = operation.traits;
   if (traits.kind == Kind::skip) return false;
   call.operation = &operation;
+  memory_.tidy();
   if (traits.kind == Kind::allocate) {  // set_ and resize_ give back what they were given
     for (const c10::IValue& value : arguments)
       each_tensor(value, [&](const at::Tensor& tensor) { call.mutated.push_back(tensor); });

@@ -112,10 +112,10 @@ Cell* Memory::find(const at::Tensor& tensor) {
 
 Cell& Memory::cell(const at::Tensor& tensor) {
   if (Cell* found = find(tensor)) return *found;
-  if (cells_.size() > 2 * swept_) sweep();
   const c10::Storage& storage = tensor.storage();
   Cell cell(storage.getWeakStorageImpl());
   cell.absmax = std::numeric_limits<double>::infinity();
+  order_.push_back(storage.unsafeGetStorageImpl());
   return cells_.emplace(storage.unsafeGetStorageImpl(), std::move(cell)).first->second;
 }
 
@@ -137,9 +137,26 @@ Cell& Memory::wrote(const at::Tensor& tensor, const RecordRef& record, const Sig
   return cell;
 }
 
+void Memory::tidy() {
+  constexpr size_t kMost = 48;
+  for (size_t looks = std::min(kMost, order_.size()); looks > 0; --looks) {
+    if (next_ >= order_.size()) next_ = 0;
+    c10::StorageImpl* storage = order_[next_];
+    if (c10::raw::intrusive_ptr::use_count(storage) > 0) {
+      ++next_;
+      continue;
+    }
+    order_[next_] = order_.back();
+    order_.pop_back();
+    cells_.erase(storage);
+    if (order_.empty()) return;
+  }
+}
+
 void Memory::sweep() {
   std::erase_if(cells_, [](const auto& entry) { return entry.second.storage.expired(); });
-  swept_ = std::max<size_t>(256, cells_.size());
+  order_.clear();
+  for (const auto& [storage, cell] : cells_) order_.push_back(storage);
 }
 
 std::vector<Cell*> Memory::bad_cells() {

@@ -93,12 +93,16 @@ class Memory {
   void allocated(const at::Tensor& tensor);
   // A partial write leaves older bad elements in place.
   Cell& wrote(const at::Tensor& tensor, const RecordRef& record, const Sight& sight);
+  // Lets go of a few storages that are gone. What is kept of them lies between the blocks that the allocator hands out
+  // again and again: kept for long, it drives the program to memory that no cache holds.
+  void tidy();
   void sweep();
   std::vector<Cell*> bad_cells();
 
  private:
   std::unordered_map<c10::StorageImpl*, Cell> cells_;
-  size_t swept_ = 256;
+  std::vector<c10::StorageImpl*> order_;  // the keys of cells_
+  size_t next_ = 0;                       // where tidying goes on
 };
 
 // Rings of (step, absmax); several values in one step keep the largest.

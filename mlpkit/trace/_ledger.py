@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import ReferenceType, ref
 
@@ -53,9 +53,9 @@ class Ledger:
         """How many parameters are known and alive."""
         return len({tensor.untyped_storage()._cdata for tensor in self.leaves()})
 
-    def zeros(self, tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
-        """Of these, the ones that were last written with zeros and nothing else."""
-        return list(self._native.zeros_of(list(tensors)))
+    def any_gradient_of_zeros(self) -> bool:
+        """Whether a parameter's gradient was last written with zeros, and nothing else."""
+        return bool(self._native.any_gradient_of_zeros())
 
     def before_update(self, parameters: Sequence[torch.Tensor]) -> None:
         """Parameters are about to be updated: keep what tells whether they move."""

@@ -90,7 +90,7 @@ class Silence:
         """A backward pass is over."""
         self._steps[step] = None
         losses = self._history.losses
-        if not losses or not self._ledger.zeros(parameter.grad for parameter in self._ledger.leaves()):
+        if not losses or not self._ledger.any_gradient_of_zeros():
             return
         still: dict[int, tuple[Origin, list[str]]] = {}
         total = 0

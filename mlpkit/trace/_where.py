@@ -117,16 +117,14 @@ class Surroundings:
                 return engine(roots, *args, **kwargs)
             outermost = torch._C._current_graph_task_id() == -1
             if outermost:
-                with Quiet(self.native):
-                    self.on_backward(roots)
+                self._quietly(self.on_backward, roots)
             self.native.begin_backward()
             try:
                 result = engine(roots, *args, **kwargs)
             finally:
                 self.native.end_backward()
             if outermost:
-                with Quiet(self.native):
-                    self.on_backward_done()
+                self._quietly(self.on_backward_done)
             return result
 
         autograd._engine_run_backward = watched
@@ -138,17 +136,23 @@ class Surroundings:
         while self._removers:
             self._removers.pop()()
 
+    def _quietly(self, heard: Callable[..., None], *args: Any) -> None:
+        """As ``with Quiet``, every step."""
+        self.native.paused += 1
+        try:
+            heard(*args)
+        finally:
+            self.native.paused -= 1
+
     def _enter_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.native.here():
             self.native.in_optimizer = True
-            with Quiet(self.native):
-                self.on_optimizer(optimizer)
+            self._quietly(self.on_optimizer, optimizer)
 
     def _leave_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.native.here():
             self.native.in_optimizer = False
-            with Quiet(self.native):
-                self.on_optimizer(optimizer)
+            self._quietly(self.on_optimizer, optimizer)
             self.native.ended = True
 
 
