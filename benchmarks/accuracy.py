@@ -1,6 +1,7 @@
-"""Accuracy of diagnosis on the corpus of planted faults, beside anomaly mode and an is-finite mode: a table and JSON.
+"""Accuracy of diagnosis on the corpus of planted faults, beside anomaly mode, an is-finite mode and, where transformers
+is installed, Hugging Face's DebugUnderflowOverflow (whose right answer is the module): a table and JSON.
 
-``python benchmarks/accuracy.py [--variants 012] [--out benchmarks/results]``
+``python benchmarks/accuracy.py [--variants 012] [--out benchmarks/results/accuracy-cpu-DATE.json]``
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import json
 import platform
 import sys
 import warnings
+from datetime import datetime, timezone
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,18 +33,21 @@ def healthy(name: str, variant: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variants", default="012")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    today = f"accuracy-cpu-{datetime.now(timezone.utc):%Y-%m-%d}.json"
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / today)
     options = parser.parse_args()
     chosen = [int(letter) for letter in options.variants]
     warnings.simplefilter("ignore")
     cases = [(case, VARIANTS[i]) for case in CASES.values() for i in chosen]
     quiet = [partial(healthy, name, i) for name in HEALTHY for i in chosen]
     quiet += [partial(execute, case, VARIANTS[i], False) for case in CASES.values() for i in chosen]
-    table = score(cases, quiet)
+    transformers = version("transformers") if find_spec("transformers") else None
+    table = score(cases, quiet, modules=transformers is not None)
     print("\n".join(lines(table)))
     words = {
         "name": "accuracy",
         "torch": torch.__version__,
+        "transformers": transformers,
         "python": platform.python_version(),
         "device": "cpu",
         "faults": len(CASES),
@@ -48,8 +55,8 @@ def main() -> None:
         "variants": chosen,
         "table": table,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "accuracy.json").write_text(json.dumps(words, indent=2) + "\n")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(words, indent=2) + "\n")
 
 
 if __name__ == "__main__":

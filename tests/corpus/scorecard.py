@@ -1,4 +1,4 @@
-"""How many answers are right: the tracer beside anomaly mode, an is-finite mode and a check of the loss."""
+"""How many answers are right: the tracer beside anomaly mode, an is-finite mode and Hugging Face's hooks."""
 
 from __future__ import annotations
 
@@ -68,6 +68,34 @@ def by_anomaly_mode(run: Callable[[], Any]) -> Birth | None:
     return None
 
 
+def by_module_hooks(run: Callable[[], Any]) -> str | None:
+    """The module that Hugging Face's ``DebugUnderflowOverflow``, attached to every model, stops at; None for none."""
+    from transformers.debug_utils import DebugUnderflowOverflow
+
+    attached: set[int] = set()
+    kept: list[Any] = []
+    stopped: list[str] = []
+
+    class Debug(DebugUnderflowOverflow):
+        def dump_saved_frames(self) -> None:
+            stopped.append(next(line for line in self.frames[-1].splitlines() if line.startswith(self.prefix)).strip())
+
+    def attach(module: torch.nn.Module, args: Any) -> None:
+        if id(module) not in attached:
+            attached.update(id(one) for one in module.modules())
+            kept.append(Debug(module))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(attach)
+    try:
+        run()
+    except ValueError:
+        if not stopped:
+            raise
+    finally:
+        hook.remove()
+    return stopped[0].rpartition(" ")[0] if stopped else None
+
+
 def by_finite_mode(run: Callable[[], Any]) -> Birth | None:
     """What asking every result for NaN and Inf says: the first operation."""
     with Oracle() as oracle:
@@ -80,9 +108,12 @@ def plain(name: str) -> str:
     return name.strip("_").replace("_", "").removeprefix("native").removeprefix("foreach")
 
 
-def score(cases: list[tuple[Case, Variant]], quiet: list[Callable[[], Any]]) -> dict[str, dict[str, int]]:
-    """The table: one row of counts for each tool."""
-    table = {name: Counter[str]() for name in ("mlpkit", "anomaly mode", "is-finite mode")}
+def score(
+    cases: list[tuple[Case, Variant]], quiet: list[Callable[[], Any]], *, modules: bool = False
+) -> dict[str, dict[str, int]]:
+    """The table: one row of counts for each tool. modules: DebugUnderflowOverflow too, whose answer is a module."""
+    names = ("mlpkit", "anomaly mode", "is-finite mode", *(["DebugUnderflowOverflow"] if modules else []))
+    table = {name: Counter[str]() for name in names}
     for case, variant in cases:
         truth = truth_of(case, variant)
         run = lambda case=case, variant=variant: execute(case, variant)  # noqa: E731
@@ -92,6 +123,10 @@ def score(cases: list[tuple[Case, Variant]], quiet: list[Callable[[], Any]]) -> 
             "anomaly mode": _answer(by_anomaly_mode(run), truth, step=False),
             "is-finite mode": _answer(by_finite_mode(run), truth, step=True),
         }
+        if modules:
+            stopped = by_module_hooks(run)
+            named = truth.phase == "forward" and bool(stopped) and stopped == case.module(variant)
+            right["DebugUnderflowOverflow"] = (stopped is not None, named, False)
         for name, (fired, where, cause) in right.items():
             row = table[name]
             row.update(failures=1, fired=fired, where=fired and where, cause=fired and cause)
@@ -103,6 +138,8 @@ def score(cases: list[tuple[Case, Variant]], quiet: list[Callable[[], Any]]) -> 
         table["mlpkit"].update(healthy=1, alarms=by_tracer(run)["verdict"] != "healthy")
         table["anomaly mode"].update(healthy=1, alarms=by_anomaly_mode(run) is not None)
         table["is-finite mode"].update(healthy=1, alarms=by_finite_mode(run) is not None)
+        if modules:
+            table["DebugUnderflowOverflow"].update(healthy=1, alarms=by_module_hooks(run) is not None)
     return {name: dict(row) for name, row in table.items()}
 
 
@@ -117,10 +154,10 @@ def _answer(birth: Birth | None, truth: Truth, *, step: bool) -> tuple[bool, boo
 def lines(table: dict[str, dict[str, int]]) -> list[str]:
     """The table as text."""
     heads = ("fired", "where", "cause", "root", "explained", "alarms")
-    found = [f"{'':16}" + "".join(f"{head:>12}" for head in heads)]
+    found = [f"{'':24}" + "".join(f"{head:>12}" for head in heads)]
     for name, row in table.items():
         of = {"fired": "failures", "where": "failures", "cause": "failures", "root": "roots"}
         of |= {"explained": "silent", "alarms": "healthy"}
         cells = "".join(f"{row.get(h, 0):>7}/{row.get(of[h], 0):<4}" for h in heads)
-        found.append(f"{name:16}{cells}")
+        found.append(f"{name:24}{cells}")
     return found
