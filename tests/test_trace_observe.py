@@ -224,3 +224,15 @@ def test_more_than_eight_tracers_inside_each_other_are_refused():
     nest(8)
     with pytest.raises(ArgumentError, match="eight tracers"):
         nest(9)
+
+
+def test_a_printed_result_is_still_what_came_out(capsys):
+    def program():
+        logits = torch.tensor([1.0, 2.0, 100.0])
+        held.append(logits.exp() / logits.exp().sum())
+        print(held[0])
+
+    held, text = [], torch._tensor_str._str
+    assert "exp in float32 gave Inf" in traced(program).diagnosis.sentence
+    assert capsys.readouterr().out == "tensor([0., 0., nan])\n"
+    assert torch._tensor_str._str is text

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules import module as hooks
 
 from mlpkit._ext import _C
@@ -27,7 +28,8 @@ class Whole(NamedTuple):
 def globally_hooked() -> bool:
     """Whether somebody watches every module of the process, or modules and operations of this thread."""
     hooked = hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks
-    return bool(hooked) or _C.followed()
+    # torch.compile cannot look into the extension, and what it compiles is not followed.
+    return bool(hooked) or (not is_compiling() and _C.followed())
 
 
 def whole(layers: Iterable[nn.Module]) -> Whole | None:

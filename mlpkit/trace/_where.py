@@ -130,6 +130,7 @@ class Surroundings:
         autograd._engine_run_backward = watched
         self._removers.append(lambda: setattr(autograd, "_engine_run_backward", engine))
         self._removers.append(run_compiled_code_eagerly())
+        self._removers.append(print_unseen(self.native))
 
     def close(self) -> None:
         """Detach everything ``open`` attached."""
@@ -166,6 +167,27 @@ def follow_modules(native: _C.Observer | _C.Outputs) -> Callable[[], None]:
     def undo() -> None:
         if module.__dict__["__call__"] is followed:
             module.__call__ = call
+
+    return undo
+
+
+def print_unseen(native: _C.Observer) -> Callable[[], None]:
+    """What torch computes to print a tensor is not the program's; returns what undoes that."""
+    printing: Any = torch._tensor_str
+    text = printing._str
+
+    def unseen(*args: Any, **kwargs: Any) -> str:
+        native.paused += 1
+        try:
+            return str(text(*args, **kwargs))
+        finally:
+            native.paused -= 1
+
+    printing._str = unseen
+
+    def undo() -> None:
+        if printing._str is unseen:
+            printing._str = text
 
     return undo
 
