@@ -40,7 +40,7 @@ void multiply_by_weight(const at::Tensor& x, const at::Tensor& weight, at::Tenso
   if (x.size(1) == 0)
     to.zero_();
   else if (to.scalar_type() == x.scalar_type())
-    multiply_out(to, x, weight.t());
+    matrix_product_out(to, x, weight.t());
   else
     at::mm_out(to, x, weight.t(), to.scalar_type());
 }
@@ -149,8 +149,8 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
     C10_CUDA_CHECK(cuda::act_dropout_backward(args, call.stream()));
   }
 
-  at::Tensor dx = needs[0] ? multiply(dz, weight).view(x.sizes()) : none;
-  at::Tensor dweight = needs[1] ? multiply(dz.t(), x.reshape({op.rows, op.depth})) : none;
+  at::Tensor dx = needs[0] ? matrix_product(dz, weight).view(x.sizes()) : none;
+  at::Tensor dweight = needs[1] ? matrix_product(dz.t(), x.reshape({op.rows, op.depth})) : none;
   return {dx, dweight, dbias, dslope};
 }
 

@@ -9,7 +9,7 @@ namespace mlpkit {
 bool takes_split_product(const at::Tensor& a, const at::Tensor& b);
 
 // a [rows, depth] times b [depth, cols], of one dtype: by that kernel, or by torch.
-at::Tensor multiply(const at::Tensor& a, const at::Tensor& b);
-void multiply_out(const at::Tensor& to, const at::Tensor& a, const at::Tensor& b);
+at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b);
+void matrix_product_out(const at::Tensor& to, const at::Tensor& a, const at::Tensor& b);
 
 }  // namespace mlpkit

@@ -71,7 +71,7 @@ at::Tensor split_product_op(const at::Tensor& a, const at::Tensor& b) {
 
 bool takes_split_product(const at::Tensor& a, const at::Tensor& b) { return wanted(a, b).has_value(); }
 
-at::Tensor multiply(const at::Tensor& a, const at::Tensor& b) {
+at::Tensor matrix_product(const at::Tensor& a, const at::Tensor& b) {
   const auto args = wanted(a, b);
   if (!args) return at::mm(a, b);
   const at::Tensor c = at::empty({a.size(0), b.size(1)}, a.options());
@@ -79,7 +79,7 @@ at::Tensor multiply(const at::Tensor& a, const at::Tensor& b) {
   return c;
 }
 
-void multiply_out(const at::Tensor& to, const at::Tensor& a, const at::Tensor& b) {
+void matrix_product_out(const at::Tensor& to, const at::Tensor& a, const at::Tensor& b) {
   const auto args =
       to.is_contiguous() && to.scalar_type() == at::kFloat && on_16_bytes(to) ? wanted(a, b) : std::nullopt;
   at::Tensor out = to;
