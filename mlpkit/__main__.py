@@ -70,7 +70,7 @@ def _device(built: bool) -> str:
 def main() -> None:
     """Print the facts, one line each."""
     for key, value in facts().items():
-        print(f"{key + ':':<14}{value}")
+        print(f"{key + ':':<15}{value}")
 
 
 if __name__ == "__main__":
