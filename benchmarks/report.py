@@ -1,7 +1,7 @@
 """Writes benchmark tables from results files of ``mlpkit bench``, so that no number is ever typed: that of README.md,
 or from the results of ``mlpkit bench population`` that of docs/population.md.
 
-python benchmarks/report.py benchmarks/results/cpu-2026-11-22.json
+python benchmarks/report.py benchmarks/results/cpu-2026-11-23.json
 """
 
 from __future__ import annotations
