@@ -41,7 +41,7 @@ def facts() -> dict[str, str]:
         "cpu products": f"own kernels; float64 by {_C.gemm_library()}; {torch.get_num_threads()} threads",
         "cuda": cuda,
         "cuda kernels": f"{_C.cuda_kernels()} (MLPKIT_CUDA_KERNELS=proven|all): {KERNELS[_C.cuda_kernels()]}",
-        "fp32 products": f"{_C.fp32_precision()} (MLPKIT_FP32_PRECISION=torch|3xtf32): {PRODUCTS[_C.fp32_precision()]}",
+        "fp32 product": f"{_C.fp32_precision()} (MLPKIT_FP32_PRECISION=torch|3xtf32): {PRODUCTS[_C.fp32_precision()]}",
         "wide layers": _wide_layers(built.CUDA, built.CUDA_WIDE_MISSING, built.CUTLASS),
         "cuda device": _device(built.CUDA),
     }
@@ -70,7 +70,7 @@ def _device(built: bool) -> str:
 def main() -> None:
     """Print the facts, one line each."""
     for key, value in facts().items():
-        print(f"{key + ':':<15}{value}")
+        print(f"{key + ':':<14}{value}")
 
 
 if __name__ == "__main__":
