@@ -349,6 +349,15 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def add_results(options: argparse.Namespace, key: str, found: dict[str, Any]) -> None:
+    """Put ``found`` into the results file, beside what another benchmark of the run wrote; whole or not at all."""
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {"environment": environment(options)}
+    part = options.out.with_suffix(".part")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps({**kept, key: found}, indent=1) + "\n")
+    part.replace(options.out)
+
+
 def main() -> int:
     options = arguments()
     reason = obstacle()

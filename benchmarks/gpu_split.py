@@ -9,15 +9,12 @@ rounds' own. Exit code 2 where there is no device, 1 where a result is wrong.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import measure, obstacle
+from gpu import add_results, arguments, measure, obstacle
 from gpu_wide import summarise
 from torch import Tensor
 
@@ -71,10 +68,7 @@ def case(shape: tuple[int, int, int], form: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True, help="the results file, to which this adds")
-    parser.add_argument("--rounds", type=int, default=9, help="at least 7")
-    options = parser.parse_args()
+    options = arguments()
     reason = obstacle()
     if reason is not None:
         print(f"benchmarks/gpu_split.py: {reason}", file=sys.stderr)
@@ -95,9 +89,7 @@ def main() -> int:
                 flush=True,
             )
     torch.backends.cuda.matmul.allow_tf32 = before
-    report = json.loads(options.out.read_text()) if options.out.exists() else {}
-    report["split"] = {"rounds": options.rounds, "cases": found}
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    add_results(options, "split", {"rounds": options.rounds, "cases": found})
     broken = [entry for entry in found if not entry["error over fp32"] <= 2 * ERROR_BAR]
     if broken:
         print("WRONG: the product's error is larger than a lost bit explains", flush=True)

@@ -11,14 +11,13 @@ there is no device or no CUDA build, 1 where a result is wrong.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import gpu_rivals
 import torch
-from gpu import BROKEN, arguments, environment, measure, obstacle, skip, summarise
+from gpu import BROKEN, add_results, arguments, graphed, measure, obstacle, skip, summarise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,20 +85,6 @@ class Network:
         self.optimizer.zero_grad(set_to_none=True)
         (loss or self.loss)(self.x).backward()
         self.optimizer.step()
-
-
-def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a CUDA graph's replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def launches_of(call: Callable[[], object]) -> int:
@@ -208,13 +193,9 @@ def main() -> int:
         calls["compile"] = fast
     facts = {"widths": STEP_WIDTHS, "launches": launches_of(small.step), "syncs": syncs(small.step)}
     add("step", calls, STEP_ROWS, **facts)
-    graphs = {name: captured(call) for name, call in calls.items()}
+    graphs = {name: graphed(call) for name, call in calls.items()}
     add("step, captured", graphs, STEP_ROWS, **facts)
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {"environment": environment(options)}
-    part = options.out.with_suffix(".part")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps({**kept, "small_networks": found}, indent=1) + "\n")
-    part.replace(options.out)
+    add_results(options, "small_networks", found)
     return 1 if broken else 0
 
 

@@ -11,13 +11,12 @@ the results file that ``gpu.py`` wrote, or writes its own. Rounds are interleave
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu import BROKEN, arguments, environment, measure, obstacle, summarise
+from gpu import BROKEN, add_results, arguments, measure, obstacle, summarise
 from gpu_step import launches_of, syncs
 from torch import Tensor
 
@@ -129,11 +128,7 @@ def main() -> int:
     entry = {"name": "census 100M", **summarise(measure(census_calls(100_000_000), options.rounds))}
     found["cases"].append(entry)
     print(f"{entry['name']:>12} " + "  ".join(f"{name} {ratio:.2f}x" for name, ratio in entry["ratio"].items()))
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {"environment": environment(options)}
-    part = options.out.with_suffix(".part")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps({**kept, "update": found}, indent=1) + "\n")
-    part.replace(options.out)
+    add_results(options, "update", found)
     return 1 if broken else 0
 
 

@@ -10,16 +10,13 @@ is nothing to measure. Exit code 2 where there is no device, 1 where a result is
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from gpu import measure, obstacle
+from gpu import add_results, arguments, measure, obstacle
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -169,10 +166,7 @@ def line(entry: dict[str, Any], ours: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True, help="the results file, to which this adds")
-    parser.add_argument("--rounds", type=int, default=9, help="at least 7")
-    options = parser.parse_args()
+    options = arguments()
     reason = obstacle()
     if reason is not None:
         print(f"benchmarks/gpu_wide.py: {reason}", file=sys.stderr)
@@ -182,9 +176,7 @@ def main() -> int:
         print(f"skipped: kernels for wide layers: {why}", flush=True)
         return 0
     found, broken = cases(options.rounds)
-    report = json.loads(options.out.read_text()) if options.out.exists() else {}
-    report["wide"] = {"cutlass": _build_config.CUTLASS, "rounds": options.rounds, "cases": found}
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    add_results(options, "wide", {"cutlass": _build_config.CUTLASS, "rounds": options.rounds, "cases": found})
     if broken:
         print("WRONG: a wide kernel's error is larger than bfloat16 explains", flush=True)
     return 1 if broken else 0

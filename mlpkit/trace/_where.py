@@ -177,11 +177,10 @@ def print_unseen(native: _C.Observer) -> Callable[[], None]:
     text = printing._str
 
     def unseen(*args: Any, **kwargs: Any) -> str:
-        native.paused += 1
-        try:
+        if not native.here():
             return str(text(*args, **kwargs))
-        finally:
-            native.paused -= 1
+        with Quiet(native):
+            return str(text(*args, **kwargs))
 
     printing._str = unseen
 
