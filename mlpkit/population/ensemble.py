@@ -83,7 +83,7 @@ def greedy(
         raise ShapeError(f"greedy: y has {rows.target.shape[1]} outputs; the members have {population.out_features}")
     raw = population.predict(rows.x, ids=chosen, weights=weights).double()
     parts = raw if population.log_target else scale(raw, population.loss, False)
-    picks = _picks(parts, rows, population.loss, size)
+    picks = greedy_picks(parts, rows, population.loss, size)
     counted = {index: picks.count(index) for index in dict.fromkeys(picks)}
     models = [population.export(chosen[index], weights=weights) for index in counted]
     ensemble = Ensemble(models, list(counted.values()), loss=population.loss, log_target=population.log_target)
@@ -91,7 +91,7 @@ def greedy(
     return ensemble.eval()
 
 
-def _picks(parts: Tensor, rows: Table, loss: str, size: int) -> list[int]:
+def greedy_picks(parts: Tensor, rows: Table, loss: str, size: int) -> list[int]:
     """Positions in ``parts`` (members, rows, outputs), in the order of picking, up to the best beginning."""
     total = torch.zeros_like(parts[0])
     picks: list[int] = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlpkit.population.data import Table
-from mlpkit.population.ensemble import Ensemble, _picks
+from mlpkit.population.ensemble import Ensemble, greedy_picks
 from mlpkit.tune import stats
 from mlpkit.tune.evaluate import Search
 from mlpkit.tune.ladder import Climb, Trial
@@ -81,11 +81,11 @@ def choose(search: Search, climb: Climb) -> Committee | None:
         return None
     truth = _truth(search, encoding)
     parts = [torch.stack([_scaled(trial.outcomes[at].output, truth[at]) for trial in pool]) for at in range(len(truth))]
-    picks = _picks(torch.cat(parts, dim=1), _join(truth), _loss(truth), _PICKS)
+    picks = greedy_picks(torch.cat(parts, dim=1), _join(truth), _loss(truth), _PICKS)
     outputs, saved = [], []
     for at in range(len(truth)):
         others = [number for number in range(len(truth)) if number != at]
-        own = _picks(
+        own = greedy_picks(
             torch.cat([parts[i] for i in others], dim=1), _join([truth[i] for i in others]), _loss(truth), _PICKS
         )
         average = torch.stack([parts[at][pick] for pick in own]).mean(0)
