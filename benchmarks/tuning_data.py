@@ -1,16 +1,11 @@
-"""Tables of the tuning benchmarks, generated or scikit-learn's own, and what a results file says of the machine."""
+"""Tables of the tuning benchmarks, generated or scikit-learn's own."""
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn import datasets
-
-from mlpkit.tune.plain import versions
 
 Table = tuple[Any, Any]
 
@@ -40,7 +35,7 @@ def spirals(rows: int, seed: int) -> Table:
     return X, label
 
 
-def development(housing: Path | None = None) -> dict[str, Table]:
+def development() -> dict[str, Table]:
     """The tables that were at hand while this was built, by name."""
     found: dict[str, Table] = {
         name: getattr(datasets, f"load_{name}")(return_X_y=True)
@@ -50,12 +45,3 @@ def development(housing: Path | None = None) -> dict[str, Table]:
     found["moons"] = datasets.make_moons(500, noise=0.25, random_state=0)
     found["spirals"] = spirals(500, 0)
     return found
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine."""
-    return {
-        "versions": versions(),
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
