@@ -243,6 +243,23 @@ def test_global_generators_and_threads_are_left_alone():
     assert torch.get_num_threads() == threads
 
 
+def test_members_train_on_as_many_threads_as_torch_has_and_give_the_same_numbers(monkeypatch):
+    seen, honest = [], trainer.train_members
+    monkeypatch.setattr(trainer, "train_members", lambda *a, **b: (seen.append(b["threads"]), honest(*a, **b))[1])
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            runs.append(tune(line_table(60), "y", cv=3, random_state=1, budget="16 trials", progress=False))
+            assert set(seen) == {threads}
+            seen.clear()
+    finally:
+        torch.set_num_threads(before)
+    assert numbers_of(runs[0].to_dict()) == numbers_of(runs[1].to_dict())
+    one, two = (run.model.state_dict().values() for run in runs)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
 def test_drawn_seed_is_recorded_and_repeats_the_run():
     first = tune(line_table(24), "y", cv=2, budget=0.001, progress=False)
     second = tune(line_table(24), "y", cv=2, budget=0.001, random_state=first.settings["seed"], progress=False)

@@ -11,9 +11,11 @@ from tune_fakes import searching
 from mlpkit.errors import ArgumentError
 from mlpkit.tune.auto import auto
 from mlpkit.tune.budget import Budget, Clock, read_budget
+from mlpkit.tune.journal import Journal
 from mlpkit.tune.ladder import from_trials
 from mlpkit.tune.space import Range, Space
 from mlpkit.tune.strategies import STRATEGIES, coarse_to_fine, constructive, grid, narrowed, sequential, sobol
+from mlpkit.tune.trainer import Outcome
 
 EVERY = {**STRATEGIES, "auto": auto}
 
@@ -199,3 +201,18 @@ def test_cpu_seconds_do_not_pass_while_waiting():
     clock, wall = Clock(read_budget("5 cpu-s"), **sources), Clock(read_budget("5 s"), **sources)
     assert clock.now() == 0.25
     assert wall.now() == 3.0
+
+
+class _Remembers(Journal):
+    """Knows every outcome: each fold took a second of one thread."""
+
+    def find(self, work):
+        return [Outcome(0.8, 0.8, 1, "patience", 1.0, [1.0, 0.5, 0.4], [1.0, 0.5, 0.5]) for _ in range(5)]
+
+
+@pytest.mark.parametrize(("budget", "spent"), [("100s", 2.5), ("100 cpu-s", 5.0)])
+def test_what_a_resumed_run_had_spent_is_counted_in_the_budgets_own_seconds(monkeypatch, budget, spent):
+    search, _ = searching(monkeypatch, lambda spec: 0.8, budget=budget)
+    search.threads, search.journal = 2, _Remembers()
+    _ = search.linear
+    assert search.clock.credit == pytest.approx(spent)

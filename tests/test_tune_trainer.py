@@ -22,6 +22,10 @@ def fold_data(seed=0, rows=80, regression=False):
     return FoldData(*(Split(x[part], y[part]) for part in parts))
 
 
+def flat(network):
+    return torch.cat([value.flatten() for value in network.state_dict().values()])
+
+
 SPEC = Spec((8,), lr=5e-2, weight_decay=0.1, batch_size=16, seed=5)
 
 
@@ -103,7 +107,7 @@ def test_member_alone_equals_the_member_among_others():
 def test_training_leaves_torchs_generator_alone():
     before = torch.random.get_rng_state()
     trainer.train_members([SPEC], [fold_data()], 2)
-    trainer.refit(SPEC, fold_data().train, 2, 1)
+    trainer.refit([SPEC], fold_data().train, 2, [1])
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -134,8 +138,29 @@ def test_scores_are_accuracy_and_r2():
 
 def test_refit_trains_for_exactly_the_epochs_it_is_told():
     data = fold_data().train
-    one, two, again = (trainer.refit(SPEC, data, 2, epochs) for epochs in (1, 2, 1))
-    states = [torch.cat([value.flatten() for value in model.state_dict().values()]) for model in (one, two, again)]
-    assert torch.equal(states[0], states[2])
-    assert not torch.equal(states[0], states[1])
-    assert not one.training
+    one, two, again = (flat(*trainer.refit([SPEC], data, 2, [epochs])) for epochs in (1, 2, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
+
+
+def test_networks_that_are_refitted_together_are_those_refitted_alone():
+    data = fold_data().train
+    specs = [SPEC, replace(SPEC, loss="squared", seed=6), replace(SPEC, schedule="cosine", epochs=9)]
+    together = trainer.refit(specs, data, 2, [7, 3, 5], threads=2)
+    for spec, epochs, network in zip(specs, [7, 3, 5], together):
+        assert not network.training
+        assert torch.equal(flat(network), flat(*trainer.refit([spec], data, 2, [epochs], threads=1)))
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_no_number_depends_on_threads(regression):
+    folds = [fold_data(seed, regression=regression) for seed in range(3)]
+    specs = [SPEC, replace(SPEC, hidden=(16, 8), dropout=(0.1, 0.2)), replace(SPEC, hidden=())]
+    one, three = (trainer.train_members(specs, folds, 0 if regression else 2, threads=count) for count in (1, 3))
+    for own, other in zip((item for row in one for item in row), (item for row in three for item in row)):
+        assert (own.score, own.train_score, own.validation_loss) == (
+            other.score,
+            other.train_score,
+            other.validation_loss,
+        )
+        assert torch.equal(own.output, other.output)

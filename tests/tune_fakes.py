@@ -38,7 +38,7 @@ class FakeTrainer:
 
     def __call__(
         self, specs, folds, out_features, *, deadline=math.inf, keep_at_deadline=False, on_fold=None, first_fold=0,
-        clock=None,
+        clock=None, threads=None,
     ):  # fmt: skip
         self.calls.append(len(specs))
         self.specs += specs

@@ -326,7 +326,7 @@ def _problem(frame: Any, target: npt.NDArray[Any], weight: npt.NDArray[np.float6
 
 def _fitted(problem: Problem, spec: Spec, epochs: int) -> TunedModel:
     encoder, mean, scale, rows = encode_all(problem)
-    network = trainer.refit(spec, rows, len(problem.target.classes), epochs)
+    (network,) = trainer.refit([spec], rows, len(problem.target.classes), [epochs])
     return TunedModel(
         # In double precision a prediction does not depend on which rows are predicted with it.
         model=network.double(), task=problem.target.task, target_name="target", classes=problem.target.classes,

@@ -50,6 +50,7 @@ class Search:
         self.base = make_spec((), self.rows, seed)
         self.slowest = 0.0
         self.final_fits = 1
+        self.threads = 1
 
     @property
     def done(self) -> bool:
@@ -189,6 +190,7 @@ class Search:
             trained = trainer.train_members(
                 [specs[at] for at in taken], data, self.out_features, deadline=limit, keep_at_deadline=keep,
                 on_fold=lambda _spec, _fold, outcome: self.say.fold(outcome), first_fold=first, clock=self.clock.now,
+                threads=self.threads,
             )  # fmt: skip
             for at, outcomes in zip(taken, trained):
                 if encoding.log_target:
@@ -200,7 +202,7 @@ class Search:
     def _recall(self, work: Work) -> list[trainer.Outcome] | None:
         known = self.journal.find(work)
         if known is not None and self.journal.credits:
-            self.clock.credit += sum(outcome.seconds for outcome in known)
+            self.clock.credit += sum(outcome.seconds for outcome in known) / self._at_once
         return known
 
     def _rescore(self, outcomes: Sequence[trainer.Outcome], encoding: Encoding, first: int) -> None:
@@ -271,11 +273,17 @@ class Search:
 
     def _deadline(self) -> float:
         # What remains after the fits on all rows, each of which costs a little more than one of its folds.
-        return self.clock.end - self.final_fits * 1.5 * self.slowest / len(self.folds) - _WRAP_UP_SECONDS
+        rounds = math.ceil(self.final_fits / self._at_once)
+        return self.clock.end - rounds * 1.5 * self.slowest / len(self.folds) - _WRAP_UP_SECONDS
 
     def _typical(self) -> float:
         recent = [trial.seconds for trial in self.trials[-5:]]
-        return 0.7 * statistics.median(recent) if recent else 0.0
+        return 0.7 * statistics.median(recent) / self._at_once if recent else 0.0
+
+    @property
+    def _at_once(self) -> int:
+        """Thread seconds of a candidate that pass in a second of the clock; CPU time counts those of all threads."""
+        return 1 if self.clock.budget.unit == "cpu-seconds" else min(self.threads, len(self.folds))
 
     def _key(self, params: Params) -> str:
         return repr(self.spec(params))

@@ -31,11 +31,14 @@ def fit(search: Search, winner: Trial, committee: Committee | None) -> tuple[Tun
     encoder, mean, scale, split = encode_all(problem, encoding)
     used = committee if committee is not None and committee.better else None
     trials, weights = ((winner,), (1,)) if used is None else (used.trials, used.weights)
-    networks, members = [], []
-    for trial, weight in zip(trials, weights):
-        own = search.spec(trial.params)[0]
-        networks.append(_network(own, split, len(problem.target.classes), epochs_of(trial)))
-        members.append(Member(own.hidden, own.activation, own.norm, own.dropout, float(weight)))
+    specs = [search.spec(trial.params)[0] for trial in trials]
+    epochs = [epochs_of(trial) for trial in trials]
+    networks = trainer.refit(specs, split, len(problem.target.classes), epochs, threads=search.threads)
+    if not all(bool(torch.isfinite(value).all()) for one in networks for value in one.state_dict().values()):
+        raise NonFiniteError("tune: the weights became non-finite in the fit on all rows")
+    members = [
+        Member(own.hidden, own.activation, own.norm, own.dropout, float(weight)) for own, weight in zip(specs, weights)
+    ]
     whole: nn.Module = networks[0]
     if used is not None:
         whole = Average(networks, weights, classes=bool(problem.target.classes)).eval()
@@ -95,13 +98,6 @@ def unseen(search: Search, winner: Trial, committee: Committee | None) -> tuple[
         y = target_tensor(target, *target_scale(target, fold.train, encoding), encoding)[fold.test]
         truth.append(y.numpy() if target.task == "classification" else y[:, 0].double().numpy())
     return torch.cat(outputs).double().numpy(), np.concatenate(truth)
-
-
-def _network(spec: trainer.Spec, split: trainer.Split, out_features: int, epochs: int) -> nn.Module:
-    network = trainer.refit(spec, split, out_features, epochs)
-    if not all(bool(torch.isfinite(value).all()) for value in network.state_dict().values()):
-        raise NonFiniteError("tune: the weights became non-finite in the fit on all rows")
-    return network
 
 
 def _outputs(winner: Trial, committee: Committee | None) -> list[Tensor] | None:

@@ -104,8 +104,9 @@ def tune(
         positive_target=problem.target.task == "regression" and bool((problem.target.values > 0.0).all()),
     )
     metric = "accuracy" if problem.target.task == "classification" else "R2"
-    with closing(journal), speak.choose(progress, metric, cv) as say, _one_thread():
+    with closing(journal), speak.choose(progress, metric, cv) as say, _threads() as threads:
         search = _prepared(problem, wanted, cv, seed, clock, say, journal)
+        search.threads = threads
         averaging = strategy == "auto" if ensemble is None else bool(ensemble)
         search.final_fits = _FITS_OF_AN_AVERAGE if averaging else 1
         _run_strategy(strategy, search)
@@ -229,11 +230,14 @@ def _opening(problem: Problem, cv: int, seed: int) -> str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Layers of a few hundred units are slower on two threads than on one, and one gives the same sums anywhere."""
+def _threads() -> Iterator[int]:
+    """How many threads train members: torch's number. Torch itself has one meanwhile, whose sums are the same anywhere.
+
+    A member's numbers do not depend on threads; those of torch's long sums do.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield before
     finally:
         torch.set_num_threads(before)

@@ -89,19 +89,21 @@ def train_members(
     on_fold: Report | None = None,
     first_fold: int = 0,
     clock: Callable[[], float] = time.perf_counter,
+    threads: int | None = None,
 ) -> list[list[Outcome]]:
-    """Train every spec on every fold, on all threads; out_features 0 means regression (R2), else classes (accuracy).
+    """Train every spec on every fold; out_features 0 means regression (R2), else classes (accuracy).
 
     deadline: a time of ``clock``, in seconds; looked at ten times a second, between epochs. A fold that meets it has no
     score, unless keep_at_deadline: then its best weights so far are scored and ``stopped`` is "clock"; all folds go on
     side by side, and each is trained for an epoch at least. A fold in which anything turns non-finite is "diverged"
     and has no score, and the later folds of its spec are left out. A later spec that the deadline finds untouched is
     "not started".
-    first_fold: the number of folds[0], so that a fold trained later draws what it would have drawn at once.
+    first_fold: the number of folds[0], so that a fold trained later draws what it would have drawn at once. threads:
+    that train members side by side; None is torch's number. No result depends on it.
     """
     found: dict[Place, Outcome] = {}
     numbered = [replace(spec, seed=spec.seed + first_fold) for spec in specs]
-    groups = list(_groups(numbered, folds, out_features))
+    groups = list(_groups(numbered, folds, out_features, threads))
     for number, group in enumerate(groups):
         now = clock()
         if keep_at_deadline:
@@ -113,16 +115,33 @@ def train_members(
     return [_of_spec(number, len(folds), found, on_fold) for number in range(len(specs))]
 
 
-def refit(spec: Spec, data: Split, out_features: int, epochs: int) -> nn.Module:
-    """Train ``spec`` on all of ``data`` for a fixed number of epochs and return the model in eval mode."""
-    epochs = max(1, epochs)
-    member = replace(_member(spec), epochs=max(spec.epochs, epochs))
-    population = Population(
-        [member], data.x, data.y, loss=_loss(spec, out_features), sample_weight=data.weight, progress=False,
-        out_features=out_features or None,
-    )  # fmt: skip
-    population.train(epochs)
-    return population.export(0, weights="last")
+def refit(
+    specs: Sequence[Spec], data: Split, out_features: int, epochs: Sequence[int], *, threads: int | None = None
+) -> list[nn.Module]:
+    """Train each spec on all of ``data`` for its number of epochs and return the models in eval mode.
+
+    threads: that train them side by side; None is torch's number.
+    """
+    networks: dict[int, nn.Module] = {}
+    for loss in dict.fromkeys(_loss(spec, out_features) for spec in specs):
+        numbers = [number for number, spec in enumerate(specs) if _loss(spec, out_features) == loss]
+        wanted = {index: max(1, epochs[number]) for index, number in enumerate(numbers)}
+        members = [
+            replace(_member(specs[number]), epochs=max(specs[number].epochs, wanted[index]))
+            for index, number in enumerate(numbers)
+        ]
+        population = Population(
+            members, data.x, data.y, loss=loss, sample_weight=data.weight, progress=False, threads=threads,
+            out_features=out_features or None,
+        )  # fmt: skip
+        # Schedules follow a member's own epochs: it is dropped when it has had its number of them.
+        done = 0
+        for stop in sorted(set(wanted.values())):
+            population.train(stop - done)
+            done = stop
+            population.drop(index for index, last in wanted.items() if last == stop)
+        networks |= {number: population.export(index, weights="last") for index, number in enumerate(numbers)}
+    return [networks[number] for number in range(len(specs))]
 
 
 def build(spec: Spec, in_features: int, out_features: int) -> nn.Module:
@@ -182,7 +201,9 @@ class _Group:
             yield from zip(part, self.population.predict(x, ids=part))
 
 
-def _groups(specs: Sequence[Spec], folds: Sequence[FoldData], out_features: int) -> Iterator[_Group]:
+def _groups(
+    specs: Sequence[Spec], folds: Sequence[FoldData], out_features: int, threads: int | None
+) -> Iterator[_Group]:
     """One population for each loss; folds whose encoders made different numbers of columns are apart too."""
     kinds: dict[tuple[str, int], list[Place]] = {}
     for place in product(range(len(specs)), range(len(folds))):
@@ -197,7 +218,7 @@ def _groups(specs: Sequence[Spec], folds: Sequence[FoldData], out_features: int)
             patience = _patience(seeded, len(folds[fold].train.x))
             members.append(replace(_member(seeded), patience=patience, **rows[used.index(fold)]))
         population = Population(
-            members, table.x, table.y, loss=loss, sample_weight=table.weight, progress=False,
+            members, table.x, table.y, loss=loss, sample_weight=table.weight, progress=False, threads=threads,
             out_features=out_features or None, **settings,
         )  # fmt: skip
         yield _Group(population, places)
