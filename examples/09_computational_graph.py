@@ -38,7 +38,7 @@ def draw(panel, depth, edges, shapes, labels):
         shape = "x".join(map(str, shapes[node])) or "scalar"
         panel.text(
             x, y, f"{labels[node].removesuffix('Backward0')}\n{shape}", ha="center", va="center", fontsize=7,
-            color="white", bbox={"boxstyle": "round", "color": ORANGE if is_leaf else BLUE},
+            color="#fefefe", bbox={"boxstyle": "round", "color": ORANGE if is_leaf else BLUE},
         )  # fmt: skip
     panel.set(xlim=(0, 1), ylim=(-max(depth.values()) - 0.5, 0.5))
     panel.axis("off")

@@ -5,7 +5,7 @@ another hardly does, the grid spends most of its trials on the one that does not
 """
 
 import torch
-from common import digits, fit, loss_of, plt, save, start
+from common import GREY, digits, fit, loss_of, plt, save, start
 
 from mlpkit.nn import MLP
 
@@ -31,7 +31,7 @@ def main(out=None):
         points = [(low + (high - low) * a, low2 + (high2 - low2) * b) for a, b in draws]
         losses = [score(*point, data) for point in points]
         bests.append(min(losses))
-        if seed == 0:
+        if seed == 1:
             found["random"] = {"points": points, "losses": losses}
     found["best"] = {"grid": min(found["grid"]["losses"]), "random": sorted(bests)}
     for name in ("grid", "random"):
@@ -45,12 +45,15 @@ def main(out=None):
     print(f"Random search found a better one in {better} of 5 draws of 16.")
 
     figure, panels = plt.subplots(1, 2, sharey=True)
+    every = found["grid"]["losses"] + found["random"]["losses"]
+    colours = {"cmap": "viridis_r", "norm": "log", "vmin": min(every), "vmax": max(every), "edgecolors": GREY}
     for panel, name in zip(panels, ("grid", "random")):
         lrs, decays = zip(*found[name]["points"])
-        panel.scatter(lrs, decays, c=torch.tensor(found[name]["losses"]).log(), cmap="viridis_r")
-        panel.plot(lrs, [low2 - 0.5] * 16, "|", color="#7d8590", markersize=12)
+        dots = panel.scatter(lrs, decays, c=found[name]["losses"], **colours)
+        panel.plot(lrs, [low2 - 0.5] * 16, "|", color=GREY, markersize=12)
         panel.set(title=f"{name}: {found[name]['unique']} learning rates", xlabel="log10 of the learning rate")
     panels[0].set_ylabel("log10 of the weight decay")
+    figure.colorbar(dots, label="test loss")
     save(figure, out)
     found["better"] = better
     return found

@@ -7,7 +7,7 @@ noise on the inputs. Two hundred training rows, three seeds, with clean labels a
 import statistics
 
 import torch
-from common import accuracy, digits, fit, plt, save, start
+from common import INK, accuracy, digits, fit, plt, save, start
 from torch import nn
 
 from mlpkit.nn import MLP, DropConnect, GaussianNoise
@@ -52,7 +52,7 @@ def main(out=None):
     figure, panels = plt.subplots(1, 2, sharey=True)
     for panel, labels in zip(panels, targets):
         means, spreads = zip(*(found[labels, name] for name in MODELS))
-        panel.barh(list(MODELS), means, xerr=spreads)
+        panel.barh(list(MODELS), means, xerr=spreads, ecolor=INK)
         panel.set(title=f"labels {labels}", xlabel="test accuracy", xlim=(min(means) - 0.03, max(means) + 0.02))
     panels[0].invert_yaxis()
     save(figure, out)

@@ -54,6 +54,7 @@ def main(out=None):
     for panel in (left, right):
         panel.set_xticks(SIZES, SIZES)
         panel.minorticks_off()
+    right.set_yticks([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"])
     left.legend(fontsize="small")
     save(figure, out)
     return found

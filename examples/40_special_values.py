@@ -28,21 +28,21 @@ CASES = {
 
 
 def main(out=None):
-    found = {}
+    found, table_rows = {}, []
     for name, compute in CASES.items():
         with Tracer() as tracer:
             value = float(compute().sum())
         diagnosis = tracer.diagnosis.to_dict()
         causes = [link["cause"] for link in diagnosis["chain"] if link["cause"]]
         found[name] = {"value": value, "cause": diagnosis["cause"], "op": diagnosis["op"], "causes": causes}
-        print(
-            f"{name:14} = {value!s:4}  {diagnosis['op']}: {' -> '.join(dict.fromkeys([diagnosis['cause'], *causes]))}"
-        )
+        chain = " -> ".join(dict.fromkeys([diagnosis["cause"], *causes]))
+        table_rows.append([name, str(value), diagnosis["op"], chain])
+        print(f"{name:14} = {value!s:4}  {diagnosis['op']}: {chain}")
     print("An Inf that meets another Inf, or a zero, becomes NaN; the tracer points at the operation before that.")
 
     figure, panel = plt.subplots(figsize=(8, 3.6))
-    rows = [[name, str(entry["value"]), entry["op"], entry["cause"]] for name, entry in found.items()]
-    table = panel.table(rows, colLabels=["computed", "gives", "first wrong op", "cause"], loc="center", cellLoc="left")
+    titles = ["computed", "gives", "first wrong op", "causes in order"]
+    table = panel.table(table_rows, colLabels=titles, loc="center", cellLoc="left", colWidths=[0.2, 0.1, 0.2, 0.5])
     table.scale(1, 1.3)
     for cell in table.get_celld().values():
         cell.set(edgecolor="#d9dee3", facecolor="#ffffff")

@@ -1,4 +1,4 @@
-"""Three classic ways to break training, each broken, traced, explained and fixed.
+"""What do the three classic breakdowns look like, traced, explained and fixed?
 
 An Adam whose eps vanishes in float16 divides 0 by 0. A hand-written norm divides by the spread of a constant row. A
 hand-written softmax exponentiates 100. The tracer explains each in one sentence; the fix is one line.
