@@ -16,6 +16,7 @@ from mlpkit.bench.case import OURS, Case, Rival, Settings
 from mlpkit.bench.cases import census, threads
 from mlpkit.bench.cases._layer import Layer
 from mlpkit.bench.cases._network import Network
+from mlpkit.bench.page import page
 from mlpkit.bench.peak import Peaks, products
 from mlpkit.bench.runner import finished, run, write
 
@@ -139,7 +140,7 @@ def test_each_rival_runs_on_its_threads_and_nothing_is_collected_meanwhile():
     [(32, 16, 3.1), (32, 64, 17.5), (32, 256, 154), (256, 16, 24), (256, 64, 140), (256, 256, 1234)],
 )
 def test_work_of_a_step_gives_the_floors_of_112_gflops(rows, width, microseconds):
-    assert Network(rows, width).work / 112e9 * 1e6 == pytest.approx(microseconds, rel=0.03)
+    assert Network.of_width(rows, width).work / 112e9 * 1e6 == pytest.approx(microseconds, rel=0.03)
 
 
 def test_work_of_a_layer_is_one_product_forward_and_three_in_all():
@@ -148,7 +149,7 @@ def test_work_of_a_layer_is_one_product_forward_and_three_in_all():
 
 
 def test_torch_compile_is_a_rival_when_asked_for():
-    layer, network = Layer((8, 16, 8), "fp32", backward=True), Network(8, 8)
+    layer, network = Layer((8, 16, 8), "fp32", backward=True), Network.of_width(8, 8)
     for part in (layer, network):
         assert "compile" in part.rivals(Settings(compile=True))
         assert "compile" not in part.rivals(Settings())
@@ -182,7 +183,7 @@ def test_json_holds_versions_machine_and_conditions(command, tmp_path):
     code, out, err = command("tiny", "--quick", "--dtypes", "fp32", "--out", "new/results.json")
     assert code == 0
     results = json.loads((tmp_path / "new" / "results.json").read_text())
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     facts = results["environment"]
     assert facts["torch"] == torch.__version__
     assert {
@@ -203,6 +204,46 @@ def test_json_holds_versions_machine_and_conditions(command, tmp_path):
     assert "\x1b" not in out
     assert len(out.splitlines()) == 3  # the conditions, and a line a row
     assert "wrote new/results.json" in err
+
+
+def test_own_sizes_take_the_place_of_ours_in_the_cases_they_fit(command, tmp_path):
+    sizes = ("--sizes", "5x7-3", "--sizes", "4x6-5-4-2", "--sizes", "9x8-7")
+    code, _, _ = command("--quick", "--dtypes", "fp32", *sizes, "--out", "own.json")
+    assert code == 0
+    rows = json.loads((tmp_path / "own.json").read_text())["cases"]
+    layers = [row["sizes"] for row in rows if row["family"] == "layer"]
+    steps = [row["sizes"] for row in rows if row["family"] == "step"]
+    assert len(rows) == len(layers) + len(steps)
+    assert {tuple(sizes.values()) for sizes in layers} == {(5, 7, 3), (9, 8, 7)}
+    assert steps == [{"rows": 4, "in_features": 6, "hidden": [5, 4], "out_features": 2}]
+
+
+def test_the_page_holds_every_row_and_its_chart(tmp_path):
+    times = {OURS: spent(1e-3), "eager <fast>": spent(3e-3), "mm": spent(0.5e-3)}
+    facts = {"label": "8 x 16 -> 8", "baseline": "eager <fast>"}
+    rows = [finished(planted_case(**facts), times, Settings(), planted_peaks(4e12))]
+    results = {
+        "schema": 2,
+        "environment": machine.environment(Settings()) | {"load_after": 0.5},
+        "cases": rows,
+        "skipped": ["wide: nothing"],
+        "peaks": {"fp32": {"flops_per_second": 4e12, "product": "mm"}},
+    }
+    html = page(results)
+    for text in ("8 x 16 -&gt; 8", "eager &lt;fast&gt; 3.00x, mm 0.50x", "wide: nothing", "4000 GFLOP/s", "50 %"):
+        assert text in html
+    assert "eager <fast>" not in html
+    assert '"x": [3.0]' in html
+    assert "say nothing of speed" not in html
+    assert "say nothing of speed" in page(results | {"environment": results["environment"] | {"quick": True}})
+
+
+def test_a_page_without_its_packages_is_refused_before_anything_is_measured(command, monkeypatch):
+    monkeypatch.setattr("mlpkit.bench._commands.run", lambda *_: pytest.fail("measured"))
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    code, out, err = command("tiny", "--quick", "--page", "page.html")
+    assert (code, out) == (2, "")
+    assert "jinja2" in err
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -236,6 +277,11 @@ def test_named_cases_run_once_and_in_the_usual_order():
         (("--threads", "two"), ("--threads", "two")),
         (("--dtypes", "fp32,fp8"), ("--dtypes holds 'fp8'", "bf16")),
         (("--dtypes", ""), ("--dtypes holds ''",)),
+        (("--sizes", "784-10"), ("--sizes is '784-10'", "64x784-512-512-10")),
+        (("--sizes", "0x784-10"), ("--sizes is '0x784-10'",)),
+        (("layer", "--sizes", "8x4-3-2"), ("no --sizes fits the case 'layer'", "step")),
+        (("guard", "--sizes", "8x4-3"), ("no --sizes fits the case 'guard'",)),
+        (("--page", "."), ("--page .", "directory")),
         (("--out", "."), ("--out .", "directory")),
         (("--out", "/dev/null/results.json"), ("--out /dev/null/results.json",)),
     ],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from mlpkit.errors import ArgumentError
 
 OURS = "mlpkit"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -16,8 +19,35 @@ Times = dict[str, list[dict[str, float]]]
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """A user's own network or layer: rows of a batch, and the widths from the inputs to the outputs."""
+
+    rows: int
+    widths: tuple[int, ...]
+
+    @property
+    def family(self) -> str:
+        """Which cases can be measured in these sizes."""
+        return "layer" if len(self.widths) == 2 else "step"
+
+    @staticmethod
+    def read(text: str) -> Sizes:
+        """``64x784-512-10``; raises ArgumentError for anything else."""
+        if re.fullmatch(r"[1-9]\d*x[1-9]\d*(-[1-9]\d*)+", text) is None:
+            raise ArgumentError(
+                f"bench: --sizes is {text!r}; it must be rows, x, and two or more widths, as in 512x784-300 or "
+                "64x784-512-512-10"
+            )
+        rows, widths = text.split("x")
+        return Sizes(int(rows), tuple(int(width) for width in widths.split("-")))
+
+
+@dataclass(frozen=True)
 class Settings:
-    """What the command line decides. quick: tiny sizes and few rounds, to see that everything runs."""
+    """What the command line decides. quick: tiny sizes and few rounds, to see that everything runs.
+
+    sizes: take the place of the own ones of ``layer`` (two widths) and of ``step`` (three or more).
+    """
 
     threads: int = 1
     rounds: int = 9
@@ -25,6 +55,7 @@ class Settings:
     compile: bool = False
     quick: bool = False
     seconds_a_round: float = 0.1
+    sizes: tuple[Sizes, ...] = ()
 
     @property
     def clock(self) -> str:
@@ -56,7 +87,7 @@ class Case:
 
     family: str
     label: str
-    sizes: dict[str, int]
+    sizes: dict[str, int | list[int]]
     what: str
     dtype: str
     work: float

@@ -1,10 +1,8 @@
-"""Runs cases and makes the results of them: a dict as it is written to the JSON file, schema version 1."""
+"""Runs cases and makes the results of them: a dict as it is written to the JSON file, schema version 2."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +15,9 @@ from mlpkit.bench.cases import FAMILIES, chosen
 from mlpkit.bench.machine import environment, load
 from mlpkit.bench.measure import measure, summarise
 from mlpkit.bench.peak import Peaks
+from mlpkit.report import write_whole
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def run(
@@ -74,12 +73,4 @@ def finished(case: Case, times: Times, settings: Settings, peaks: Peaks) -> dict
 
 def write(results: dict[str, Any], path: Path) -> None:
     """Write the JSON file whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(results, indent=1) + "\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(path, json.dumps(results, indent=1) + "\n")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import cycle
+from itertools import cycle, pairwise
 
 import torch
 from torch import Tensor
@@ -25,24 +25,39 @@ WHAT = "training step"
 
 @dataclass(frozen=True)
 class Network:
-    """Cross-entropy, dropout, Adam and clipping on rows x 128 inputs; dtype bf16 means autocast."""
+    """Cross-entropy, dropout, Adam and clipping; widths: inputs, hidden layers, classes; dtype bf16 means autocast."""
 
     rows: int
-    width: int
+    widths: tuple[int, ...]
     dtype: str = "fp32"
+
+    @classmethod
+    def of_width(cls, rows: int, width: int, dtype: str = "fp32") -> Network:
+        """The one that the tables tell of: 128 -> width -> width -> 10."""
+        return cls(rows, (IN, width, width, OUT), dtype)
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Widths of the hidden layers."""
+        return self.widths[1:-1]
 
     @property
     def work(self) -> float:
-        """Operations of the products: forward and dW of three layers, dX of two."""
-        inner = self.width * self.width + self.width * OUT
-        return 2.0 * self.rows * (2 * (IN * self.width + inner) + inner)
+        """Operations of the products: forward and dW of every layer, dX of all but the first."""
+        first, *others = (before * after for before, after in pairwise(self.widths))
+        return 2.0 * self.rows * (2 * first + 3 * sum(others))
 
     def case(self, family: str, settings: Settings) -> Case:
         """The row of this step."""
         return Case(
             family=family,
-            label=f"{IN} -> {self.width} -> {self.width} -> {OUT}, batch {self.rows}",
-            sizes={"rows": self.rows, "in_features": IN, "width": self.width, "out_features": OUT},
+            label=f"{' -> '.join(map(str, self.widths))}, batch {self.rows}",
+            sizes={
+                "rows": self.rows,
+                "in_features": self.widths[0],
+                "hidden": list(self.hidden),
+                "out_features": self.widths[-1],
+            },
             what=WHAT,
             dtype=self.dtype,
             work=self.work,
@@ -52,12 +67,13 @@ class Network:
     def model(self, p: float = P) -> nn.MLP:
         """The same weights for every rival."""
         torch.manual_seed(0)
-        return nn.MLP(IN, (self.width, self.width), OUT, dropout=p)
+        return nn.MLP(self.widths[0], self.hidden, self.widths[-1], dropout=p)
 
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """The same data for every rival."""
         torch.manual_seed(1)
-        return [(torch.randn(self.rows, IN), torch.randint(OUT, (self.rows,))) for _ in range(BATCHES)]
+        features, classes = self.widths[0], self.widths[-1]
+        return [(torch.randn(self.rows, features), torch.randint(classes, (self.rows,))) for _ in range(BATCHES)]
 
     def guarded(self, model: torch.nn.Module) -> Rival:
         """``TrainStep`` on a model; says which of its paths the step takes."""
@@ -99,12 +115,12 @@ class Network:
         # NumPy's threads would go on spinning into the time of whoever comes next.
         threadpool_limits(limits=threads, user_api="blas")
 
-        size = (self.width, self.width)
-        model = MLPClassifier(size, learning_rate_init=LEARNING_RATE, alpha=0.0, batch_size=self.rows, random_state=0)
+        settings = {"learning_rate_init": LEARNING_RATE, "alpha": 0.0, "batch_size": self.rows, "random_state": 0}
+        model = MLPClassifier(self.hidden, **settings)
         batches = [(x.numpy(), target.numpy()) for x, target in self.batches()]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a batch may lack a class
-            model.partial_fit(*batches[0], classes=range(OUT))
+            model.partial_fit(*batches[0], classes=range(self.widths[-1]))
         data = cycle(batches)
         return lambda: model.partial_fit(*next(data))
 
@@ -118,7 +134,7 @@ class Network:
         if settings.compile:
             found["compile"] = Rival(self.eager(compiles=True))
         if self.dtype != "fp32":
-            found["mlpkit fp32"] = Network(self.rows, self.width).ours()
-        elif find_spec("sklearn") is not None:
+            found["mlpkit fp32"] = Network(self.rows, self.widths).ours()
+        elif self.widths[-1] > 1 and find_spec("sklearn") is not None:
             found["sklearn without dropout and clip"] = Rival(self.sklearn(settings.threads))
         return found

@@ -20,7 +20,7 @@ def cases(settings: Settings, peaks: Peaks) -> list[Case]:
         layer = Layer(shape, "fp32", backward=True)
         found.append(_against_none(layer.case("dropout", settings), layer.ours))
     for width in (8,) if settings.quick else (16, 64, 256):
-        network = Network(rows=8 if settings.quick else 256, width=width)
+        network = Network.of_width(rows=8 if settings.quick else 256, width=width)
         found.append(_against_none(network.case("dropout", settings), network.ours))
     return found
 

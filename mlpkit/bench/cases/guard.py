@@ -16,7 +16,7 @@ from mlpkit.bench.peak import Peaks
 def cases(settings: Settings, peaks: Peaks) -> list[Case]:
     """TrainStep on stock modules against the plain loop on the same: what safety costs."""
     found = [
-        _case(Network(8 if settings.quick else 256, width), settings)
+        _case(Network.of_width(8 if settings.quick else 256, width), settings)
         for width in ((8,) if settings.quick else (64, 256))
     ]
     return [*found, _transformer(16, 1) if settings.quick else _transformer(512, 6)]

@@ -14,8 +14,16 @@ def cases(settings: Settings, peaks: Peaks) -> list[Case]:
     found = []
     for activation in ("gelu", "relu"):
         for dtype in settings.dtypes:
-            # Eager float16 takes seconds a call on the wider shape, and tells nothing more there.
-            for shape in [QUICK_SHAPE] if settings.quick else SHAPES[: 1 if dtype == "fp16" else 2]:
+            for shape in _shapes(settings, dtype):
                 for backward in (False, True):
                     found.append(Layer(shape, dtype, backward, activation).case("layer", settings))
     return found
+
+
+def _shapes(settings: Settings, dtype: str) -> list[tuple[int, int, int]]:
+    if settings.sizes:
+        return [(sizes.rows, sizes.widths[0], sizes.widths[1]) for sizes in settings.sizes if sizes.family == "layer"]
+    if settings.quick:
+        return [QUICK_SHAPE]
+    # Eager float16 takes seconds a call on the wider shape, and tells nothing more there.
+    return SHAPES[: 1 if dtype == "fp16" else 2]

@@ -64,7 +64,7 @@ class Group:
     @property
     def work(self) -> float:
         """Operations of the products of all steps."""
-        return self.steps * sum(Network(self.batch, width).work for width in self.widths)
+        return self.steps * sum(Network.of_width(self.batch, width).work for width in self.widths)
 
     def data(self) -> tuple[Tensor, Tensor]:
         """One epoch of every member."""

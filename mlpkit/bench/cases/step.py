@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from mlpkit.bench.case import Case, Settings
 from mlpkit.bench.cases._network import Network
 from mlpkit.bench.peak import Peaks
@@ -13,7 +15,10 @@ def cases(settings: Settings, peaks: Peaks) -> list[Case]:
     for dtype in settings.dtypes:
         if dtype == "fp16":  # fp16 autocast of small products is nothing to train with on a CPU
             continue
-        for rows in (8,) if settings.quick else (32, 256):
-            for width in (8,) if settings.quick else (16, 64, 128, 256):
-                found.append(Network(rows, width, dtype).case("step", settings))
+        if settings.sizes:
+            networks = [Network(sizes.rows, sizes.widths, dtype) for sizes in settings.sizes if sizes.family == "step"]
+        else:
+            shapes = [(8, 8)] if settings.quick else product((32, 256), (16, 64, 128, 256))
+            networks = [Network.of_width(rows, width, dtype) for rows, width in shapes]
+        found += [network.case("step", settings) for network in networks]
     return found
