@@ -425,3 +425,22 @@ def test_stop_ends_every_member_after_its_epoch_and_lets_no_more_begin():
     assert epochs[1:] == [0, 0]
     assert trained.alive == [0, 1, 2]
     assert trained.scores[0].seconds > 0.0
+
+
+def test_a_population_prints_as_a_leaderboard():
+    torch.manual_seed(0)
+    X = torch.randn(60, 4)
+    y = (X[:, 0] > 0).long()
+    members = [Member(hidden=hidden, lr=lr, epochs=3) for hidden in ((), (8, 4)) for lr in (1e-1, 1e-9, 1e-5)]
+    population = Population(members * 2, X, y, loss="cross_entropy", metric="accuracy", validation=0.25, progress=False)
+    assert repr(population) == "Population(12 members: 12 alive)"
+    population.fit()
+    assert repr(population) == "Population(12 members: 12 epochs)"
+    head, first, *others, last = str(population).splitlines()
+    best = population.ranking()[0]
+    assert head.split() == ["id", "hidden", "activation", "lr", "accuracy", "epochs", "status"]
+    assert first.split()[0] == str(best)
+    assert first.split()[4] == f"{population.scores[best].best:.4g}"
+    assert len(others) == 9
+    assert last == "and 2 more"
+    assert any(" 8-4 " in line for line in others) or " 8-4 " in first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from mlpkit.population import checkpoint, recipe
 from mlpkit.population.data import LOSSES, OF_CLASSES, Table, held_back, inputs, rows_of, table
 from mlpkit.population.member import CHANGEABLE, MOST_EPOCHS, Member
 from mlpkit.population.progress import watching
-from mlpkit.population.scores import Mark, Scores
+from mlpkit.population.scores import Mark, Scores, leaderboard
 
 METRICS = {
     "cross_entropy": ("accuracy",),
@@ -282,6 +283,14 @@ class Population:
         sign = -1 if self.metric in HIGHER_IS_BETTER else 1
         scores = {index: score for index, score in self.scores.items() if score.best is not None}
         return sorted(scores, key=lambda i: (scores[i].status == "diverged", sign * (scores[i].best or 0.0), i))
+
+    def __repr__(self) -> str:
+        counts = Counter(score.status for score in self.scores.values())
+        states = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+        return f"Population({len(self.members)} members{f': {states}' if states else ''})"
+
+    def __str__(self) -> str:
+        return leaderboard(self.members, self.scores, self.ranking(), self.metric)
 
     # What was learnt
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlpkit.population.member import Member
+
+SHOWN = 10  # rows of a leaderboard
 
 
 @dataclass(frozen=True)
@@ -43,3 +49,20 @@ class Scores:
     def epochs(self) -> int:
         """Epochs done."""
         return len(self.train_loss)
+
+
+def leaderboard(
+    members: Mapping[int, Member], scores: Mapping[int, Scores], ranking: Sequence[int], metric: str
+) -> str:
+    """The first members of a ranking (those that are not validated after them) as lines of text."""
+    order = [*ranking, *(index for index in members if index not in set(ranking))]
+    rows = [("id", "hidden", "activation", "lr", metric, "epochs", "status")]
+    for index in order[:SHOWN]:
+        member, score = members[index], scores[index]
+        best = "-" if score.best is None else f"{score.best:.4g}"
+        hidden = "-".join(map(str, member.hidden)) or "linear"
+        rows.append((str(index), hidden, member.activation, f"{member.lr:.3g}", best, str(score.epochs), score.status))
+    sizes = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, sizes)).rstrip() for row in rows]
+    left = len(order) - SHOWN
+    return "\n".join([*lines, *([f"and {left} more"] if left > 0 else [])])
