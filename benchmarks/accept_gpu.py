@@ -103,7 +103,7 @@ def main() -> int:
         code = test(inside)
     path = _results_path(args.results.resolve())
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name in ("gpu.py", "gpu_step.py", "gpu_wide.py", "gpu_split.py", "gpu_update.py"):
+    for name in ("gpu.py", "gpu_step.py", "gpu_wide.py", "gpu_split.py", "gpu_update.py", "gpu_population.py"):
         script = ROOT / "benchmarks" / name
         code = run(f"benchmarks, {name}", [sys.executable, str(script), "--out", str(path)], **inside) or code
     return code

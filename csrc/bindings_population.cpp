@@ -150,10 +150,18 @@ void bind_population(py::module_& m) {
   bind_progress(m);
   py::class_<Population>(m, "Population")
       .def(py::init([](const std::string& loss, double delta, const std::string& metric, const py::tuple& data,
-                       const py::tuple& validation) {
-             return Population({loss_named(loss), delta, metric_named(metric)}, data_of(data), data_of(validation));
+                       const py::tuple& validation, int device) {
+             return Population({loss_named(loss), delta, metric_named(metric)}, data_of(data), data_of(validation),
+                               device);
            }),
-           py::arg("loss"), py::arg("delta"), py::arg("metric"), py::arg("data"), py::arg("validation"))
+           py::arg("loss"), py::arg("delta"), py::arg("metric"), py::arg("data"), py::arg("validation"),
+           py::arg("device"))
+      .def(
+          "obstacle",
+          [](Population& self, const py::dict& network, const py::dict& recipe, int64_t rows) {
+            return self.obstacle(network_of(network), recipe_of(recipe), rows);
+          },
+          py::arg("network"), py::arg("recipe"), py::arg("rows"))
       .def(
           "add",
           [](Population& self, const py::dict& network, const py::dict& recipe, const at::Tensor& rows,
@@ -161,8 +169,8 @@ void bind_population(py::module_& m) {
             return self.add(network_of(network), recipe_of(recipe), rows, validation_rows.value_or(at::Tensor()));
           },
           py::arg("network"), py::arg("recipe"), py::arg("rows"), py::arg("validation_rows"))
-      .def("state", [](Population& self, int64_t id) { return self.member(id).state; })
-      .def("tensors", [](Population& self, int64_t id, bool best) { return tensors_of(self.member(id), best); })
+      .def("state", [](Population& self, int64_t id) { return self.fetched(id).state; })
+      .def("tensors", [](Population& self, int64_t id, bool best) { return tensors_of(self.fetched(id), best); })
       .def(
           "progress", [](Population& self, int64_t id) -> MemberProgress& { return self.member(id).progress; },
           py::return_value_policy::reference_internal)
@@ -184,6 +192,12 @@ void bind_population(py::module_& m) {
           py::arg("ids"), py::arg("epochs"), py::arg("threads"), py::arg("poll"), py::arg("in_order"))
       .def("predict", &Population::predict, py::arg("ids"), py::arg("x"), py::arg("best"), py::arg("threads"),
            py::call_guard<py::gil_scoped_release>());
+  // Tests offer an emulated device by the address of a PopulationBackend; returns that of the one before, or 0.
+  m.def("offer_population_device", [](uintptr_t address) {
+    const PopulationBackend* before = population_backend();
+    population_backend() = reinterpret_cast<const PopulationBackend*>(address);
+    return reinterpret_cast<uintptr_t>(before);
+  });
 }
 
 }  // namespace mlpkit

@@ -45,6 +45,8 @@ REGISTERS = {
     "6updateI.*ELb1E": 80,
     "6updateI.*ELb0E": 128,
     "14multiply_splitI": 168,
+    "11train_queueI": 128,
+    "13predict_queueI": 128,
 }
 # Formulas that say themselves what is contracted, bit for bit as on the CPU; cmake/cuda.cmake has the same.
 FLAGS = {"guarded_census": ["-fmad=false"], "guarded_update": ["-fmad=false"]}
@@ -62,13 +64,23 @@ INSTRUCTIONS = {
         *(WIDE_LOAD, WIDE_STORE, WIDE_COPY, r"\bSTS\.128"),
     ],
     "14multiply_splitI": [r"\bHMMA\.1688\.F32\.TF32", WIDE_COPY, r"\bSTG\.E\.64"],
+    "11train_queueINS_8BFloat16": [
+        *(r"\bHMMA\.16816\.F32", r"\bLDSM\.16\.M88\.4", r"\bLDSM\.16\.MT88\.4"),
+        *(WIDE_LOAD, WIDE_STORE, r"\bSTS\.128"),
+    ],
+    "11train_queueIf": [r"\bFFMA\b", r"\bLDS\.128", WIDE_LOAD, WIDE_STORE],
+    "13predict_queueINS_8BFloat16": [r"\bHMMA\.16816\.F32", r"\bLDSM\.16\.M88\.4", WIDE_LOAD],
+    "13predict_queueIf": [r"\bFFMA\b", r"\bLDS\.128", WIDE_LOAD],
     "9add_partsE": [WIDE_LOAD],
     "13update_or_notE": [WIDE_LOAD, WIDE_STORE],
     "6censusE": [WIDE_LOAD, r"\bDFMA\b", r"\b(REDG?|ATOMG?)\.E(\.\w+)*\.MAX\b"],
     "6updateI": [WIDE_LOAD, WIDE_STORE],
     "5countENS0_10CensusArgs": [WIDE_LOAD, r"\bATOMG?\.E(\.\w+)*\.MAX\b|\bREDG?\.E(\.\w+)*\.MAX\b"],
 }
-TENSOR_CORES = ("12stream_tilesI", "11multiply_dzI", "9pass_rowsI", "14multiply_splitI")
+TENSOR_CORES = (
+    *("12stream_tilesI", "11multiply_dzI", "9pass_rowsI", "14multiply_splitI"),
+    *("11train_queueINS_8BFloat16", "11train_queueIf", "13predict_queueINS_8BFloat16", "13predict_queueIf"),
+)
 
 # Kernels of CUTLASS, which test_wide_build.py looks at.
 OF_CUTLASS = "cutlass"

@@ -340,7 +340,7 @@ def test_a_member_names_what_is_wrong(field, value, message):
     [
         ({"loss": "hinge"}, ArgumentError, "loss is 'hinge'; it must be one of cross_entropy"),
         ({"metric": "r2"}, ArgumentError, "metric is 'r2'; with cross_entropy it must be one of loss, accuracy"),
-        ({"device": "cuda"}, DeviceError, "device is cuda; populations are trained on the CPU so far"),
+        ({"device": "cuda"}, DeviceError, "device is cuda; (mlpkit was built without CUDA|the CUDA kernels wait)"),
         ({"threads": 0}, ArgumentError, "threads is 0"),
         ({"y": np.array(["a", "b"] * 35)}, DtypeError, r"encode labels by numpy.unique\(y, return_inverse=True\)"),
         ({"y": torch.zeros(70)}, DtypeError, "cross_entropy takes integers"),

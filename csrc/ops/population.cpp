@@ -81,12 +81,7 @@ int64_t Population::add(MemberNetwork network, MemberRecipe recipe, at::Tensor r
 
 int64_t Population::train(const std::vector<int64_t>& ids, int64_t epochs, int64_t threads, const Poll& poll,
                           bool in_order) {
-  struct Place {
-    PopulationMember* member;
-    int64_t epochs;
-    double work;
-  };
-  std::vector<Place> queue;
+  std::vector<MemberPlace> queue;
   double all = 0.0;
   for (const int64_t id : ids) {
     PopulationMember& one = member(id);
@@ -96,24 +91,19 @@ int64_t Population::train(const std::vector<int64_t>& ids, int64_t epochs, int64
     all += queue.back().work;
   }
   if (!in_order)
-    std::stable_sort(queue.begin(), queue.end(), [](const Place& a, const Place& b) { return a.work > b.work; });
+    std::stable_sort(queue.begin(), queue.end(),
+                     [](const MemberPlace& a, const MemberPlace& b) { return a.work > b.work; });
   PopulationTally tally{0, static_cast<int64_t>(queue.size()), 0, 0.0, std::nan("")};
+  if (device_) return train_on_device(std::move(queue), poll, tally);
   std::mutex mutex;
-  const auto count = [&](const Place& place, int64_t steps, int64_t done) {
-    const MemberProgress& progress = place.member->progress;
-    const bool stopped = progress.status == "diverged" || progress.status == "patience";
-    const double metric = progress.metric.back(), sign = task_.higher_is_better() ? 1.0 : -1.0;
+  const auto count = [&](const MemberPlace& place, int64_t steps, int64_t done) {
     const std::lock_guard<std::mutex> lock(mutex);
     tally.steps += steps;
-    tally.stopped += stopped;
-    tally.running -= progress.status != "alive" || done == place.epochs;
-    tally.share += place.work / all * static_cast<double>(stopped ? place.epochs - done + 1 : 1) /
-                   static_cast<double>(place.epochs);
-    if (std::isfinite(metric) && !(sign * metric <= sign * tally.best)) tally.best = metric;
+    tell(tally, place, all, done, 1);
   };
   Crew crew;
   const auto train_one = [&](int64_t i, PopulationWorkspace& workspace) {
-    const Place& place = queue[i];
+    const MemberPlace& place = queue[i];
     const auto begin = std::chrono::steady_clock::now();
     MemberRun run(task_, data_, validation_, *place.member, workspace);
     for (int64_t done = 1; done <= place.epochs && place.member->progress.status == "alive" && !crew.stopped(); ++done)
@@ -130,8 +120,64 @@ int64_t Population::train(const std::vector<int64_t>& ids, int64_t epochs, int64
   return tally.steps;
 }
 
+// A member has done `done` of its epochs, `new_epochs` of them since it was last told of.
+void Population::tell(PopulationTally& tally, const MemberPlace& place, double all, int64_t done,
+                      int64_t new_epochs) const {
+  const MemberProgress& progress = place.member->progress;
+  const bool stopped = progress.status == "diverged" || progress.status == "patience";
+  tally.stopped += stopped;
+  tally.running -= progress.status != "alive" || done == place.epochs;
+  tally.share += place.work / all * static_cast<double>(new_epochs + (stopped ? place.epochs - done : 0)) /
+                 static_cast<double>(place.epochs);
+  const double sign = task_.higher_is_better() ? 1.0 : -1.0;
+  for (auto metric = progress.metric.end() - new_epochs; metric != progress.metric.end(); ++metric)
+    if (std::isfinite(*metric) && !(sign * *metric <= sign * tally.best)) tally.best = *metric;
+}
+
+// Launch after launch of so many epochs that each takes some tenths of a second; how many decides about no number.
+int64_t Population::train_on_device(std::vector<MemberPlace> queue, const Poll& poll, PopulationTally tally) {
+  double all = 0.0;
+  for (const MemberPlace& place : queue) all += place.work;
+  int64_t chunk = 1;
+  std::vector<int64_t> done(queue.size(), 0);
+  while (!queue.empty()) {
+    std::vector<MemberPlace> now = queue;
+    double work = 0.0;
+    for (size_t i = 0; i < now.size(); ++i) {
+      now[i].epochs -= done[i];
+      work += now[i].member->work_per_epoch();
+    }
+    const auto begin = std::chrono::steady_clock::now();
+    device_->train(now, chunk);
+    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin;
+    size_t kept = 0;
+    for (size_t i = 0; i < queue.size(); ++i) {
+      MemberProgress& progress = queue[i].member->progress;
+      const MemberLaunched& launched = device_->launched(*queue[i].member);
+      progress.seconds += spent.count() * queue[i].member->work_per_epoch() / work;
+      done[i] += launched.epochs;
+      tally.steps += launched.steps;
+      tell(tally, queue[i], all, done[i], launched.epochs);
+      if (progress.status != "alive" || done[i] == queue[i].epochs) continue;
+      queue[kept] = queue[i];
+      done[kept++] = done[i];
+    }
+    queue.resize(kept);
+    done.resize(kept);
+    if (!poll(tally)) break;
+    if (spent.count() < 0.1) chunk *= 2;
+    if (spent.count() > 0.4 && chunk > 1) chunk /= 2;
+  }
+  return tally.steps;
+}
+
 at::Tensor Population::predict(const std::vector<int64_t>& ids, const at::Tensor& x, bool best, int64_t threads) {
   TORCH_CHECK_VALUE(!ids.empty(), "population: no members to predict with");
+  if (device_) {
+    std::vector<PopulationMember*> wanted;
+    for (const int64_t id : ids) wanted.push_back(&member(id));
+    return device_->predict(wanted, x, best);
+  }
   const int64_t rows = x.size(0), out = member(ids.front()).layers.back().out;
   at::Tensor y = at::empty({static_cast<int64_t>(ids.size()), rows, out}, at::kFloat);
   const float* from = x.const_data_ptr<float>();

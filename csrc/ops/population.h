@@ -4,7 +4,7 @@
 #include <functional>
 #include <memory>
 
-#include "ops/population_member.h"
+#include "ops/population_device.h"
 
 namespace mlpkit {
 
@@ -17,12 +17,24 @@ struct PopulationTally {
 
 class Population {
  public:
-  Population(PopulationTask task, PopulationData data, PopulationData validation)
-      : task_(task), data_(std::move(data)), validation_(std::move(validation)) {}
+  // device: the number of a CUDA device, or -1 for the processor's threads.
+  Population(PopulationTask task, PopulationData data, PopulationData validation, int device)
+      : task_(task), data_(std::move(data)), validation_(std::move(validation)) {
+    if (device >= 0) device_ = std::make_unique<PopulationDevice>(device, task_, data_, validation_);
+  }
 
   // Ids count from 0.
   int64_t add(MemberNetwork network, MemberRecipe recipe, at::Tensor rows, at::Tensor validation_rows);
   PopulationMember& member(int64_t id) { return *members_.at(id); }
+  // The same with its state as it stands, which may be written.
+  PopulationMember& fetched(int64_t id) {
+    if (device_) device_->fetch(member(id));
+    return member(id);
+  }
+  // Why a member cannot be trained where this population is; empty if it can.
+  std::string obstacle(const MemberNetwork& network, const MemberRecipe& recipe, int64_t rows) const {
+    return device_ ? device_->obstacle(network, recipe, rows) : "";
+  }
   int64_t count() const { return static_cast<int64_t>(members_.size()); }
 
   // Up to `epochs` more epochs of the members named that are alive, none beyond its own last one. `poll` is called
@@ -34,8 +46,12 @@ class Population {
   at::Tensor predict(const std::vector<int64_t>& ids, const at::Tensor& x, bool best, int64_t threads);
 
  private:
+  int64_t train_on_device(std::vector<MemberPlace> queue, const Poll& poll, PopulationTally tally);
+  void tell(PopulationTally& tally, const MemberPlace& place, double all, int64_t done, int64_t new_epochs) const;
+
   PopulationTask task_;
   PopulationData data_, validation_;
+  std::unique_ptr<PopulationDevice> device_;
   std::vector<std::unique_ptr<PopulationMember>> members_;
 };
 

@@ -19,6 +19,13 @@ int64_t padded(int64_t floats) { return (floats + kAlignment - 1) / kAlignment *
 
 }  // namespace
 
+bool MemberRecipe::modest(double rate) const {
+  for (const double setting : {rate, momentum, weight_decay, l1})
+    if (!(std::abs(setting) <= kMemberLargestSetting)) return false;
+  return beta1 <= kMemberLargestBeta && beta2 <= kMemberLargestBeta && eps >= kMemberSmallestEps &&
+         momentum <= kMemberLargestBeta;
+}
+
 PopulationMember::PopulationMember(MemberNetwork net, MemberRecipe how, at::Tensor trained, at::Tensor validated)
     : network(std::move(net)), recipe(std::move(how)), rows(std::move(trained)), validation_rows(std::move(validated)) {
   TORCH_CHECK_VALUE(network.widths.size() >= 2 && network.widths.size() <= kMostLayers + 1,
@@ -79,8 +86,7 @@ double PopulationMember::work_per_epoch() const {
          static_cast<double>(steps_per_epoch()) * (kStepOverhead + 16.0 * static_cast<double>(parameters));
 }
 
-// Of the step after those that were taken.
-OptimizerSettings PopulationMember::settings(double lr) const {
+GuardedGroup PopulationMember::group(double lr) const {
   GuardedGroup group{};
   group.lr = lr;
   group.beta1 = recipe.beta1;
@@ -90,9 +96,14 @@ OptimizerSettings PopulationMember::settings(double lr) const {
   group.weight_decay = recipe.weight_decay;
   group.l1 = recipe.l1;
   group.nesterov = recipe.nesterov;
+  return group;
+}
+
+// Of the step after those that were taken.
+OptimizerSettings PopulationMember::settings(double lr) const {
   const double t = static_cast<double>(progress.taken + 1);
   const bool corrected = network.optimizer == Optimizer::adam || network.optimizer == Optimizer::adamw;
-  return rounded<float>(settings_at(network.optimizer, group, t, corrected ? std::pow(recipe.beta1, t) : 0.0,
+  return rounded<float>(settings_at(network.optimizer, group(lr), t, corrected ? std::pow(recipe.beta1, t) : 0.0,
                                     corrected ? std::pow(recipe.beta2, t) : 0.0));
 }
 

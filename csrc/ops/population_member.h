@@ -9,6 +9,7 @@
 #include "core/guarded_update.h"
 #include "core/loss.h"
 #include "core/norm.h"
+#include "core/population.h"
 #include "core/schedule.h"
 
 namespace mlpkit {
@@ -20,8 +21,6 @@ struct PopulationData {
   at::Tensor target;   // [rows, out] float32, of the other losses
   at::Tensor weights;  // [rows] float32, or undefined where all weigh 1
 };
-
-enum class PopulationMetric : int { loss, accuracy, r2, mae, rmse };
 
 struct PopulationTask {
   Loss loss;
@@ -39,6 +38,9 @@ struct MemberRecipe {
   bool nesterov = false;
   ScheduleSettings schedule;
   int64_t batch_size = 64, epochs = 30, patience = 0;  // patience 0: none
+
+  // Whether all settings with this learning rate lie within the bounds of core/population.h.
+  bool modest(double rate) const;
 };
 
 struct MemberNetwork {
@@ -104,6 +106,7 @@ class PopulationMember {
 
   int64_t steps_per_epoch() const;
   double work_per_epoch() const;  // floating-point operations, and what a step costs beside them
+  GuardedGroup group(double lr) const;
   OptimizerSettings settings(double lr) const;
 
  private:

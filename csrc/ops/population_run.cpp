@@ -12,20 +12,8 @@
 namespace mlpkit {
 namespace {
 
-// Parameters, state and gradients within this bound, and settings within those below, cannot overflow in an update
-// (mlpkit/guard/bounds.py). Beyond, the update is made and looked at before it counts.
-constexpr double kLargest = 1099511627776.0;  // 2^40
-constexpr double kLargestSetting = 1024.0, kLargestBeta = 1.0 - 0x1p-20, kSmallestEps = 0x1p-40;
-// Steps in a row that could not be taken, until the member counts as diverged.
-constexpr int64_t kMostSkips = 8;
 // Sums of squares that were formed in fp32 are taken for what they are within these bounds; beyond, in fp64 again.
 constexpr double kSmallestSquares = 1e-24, kLargestSquares = 1e30;
-
-bool modest(const MemberRecipe& r, double lr) {
-  for (const double setting : {lr, r.momentum, r.weight_decay, r.l1})
-    if (!(std::abs(setting) <= kLargestSetting)) return false;
-  return r.beta1 <= kLargestBeta && r.beta2 <= kLargestBeta && r.eps >= kSmallestEps && r.momentum <= kLargestBeta;
-}
 
 }  // namespace
 
@@ -43,7 +31,7 @@ int64_t MemberRun::epoch() {
     const int64_t begin = done * batch_;
     const Verdict verdict = step(work_.order.data() + begin, std::min(batch_, rows - begin), lr);
     ++progress.step;
-    if (!verdict.cause) {
+    if (verdict.cause == MemberCause::none) {
       loss += verdict.loss * verdict.weight;
       weight += verdict.weight;
       progress.skips_in_a_row = 0;
@@ -52,7 +40,7 @@ int64_t MemberRun::epoch() {
       continue;
     }
     ++progress.skipped;
-    if (++progress.skips_in_a_row >= kMostSkips) diverge(verdict.cause, progress.step - kMostSkips);
+    if (++progress.skips_in_a_row >= kMemberMostSkips) diverge(verdict.cause, progress.step - kMemberMostSkips);
     if (done + 1 == steps && taken == 0) diverge(verdict.cause, progress.step - steps);
   }
   progress.train_loss.push_back(loss / weight);
@@ -63,11 +51,11 @@ int64_t MemberRun::epoch() {
   return done;
 }
 
-void MemberRun::diverge(const char* cause, int64_t step) {
+void MemberRun::diverge(MemberCause cause, int64_t step) {
   MemberProgress& progress = member_.progress;
   if (progress.status != "alive") return;
   progress.status = "diverged";
-  progress.cause = cause;
+  progress.cause = text_of(cause);
   progress.stopped_step = step;
 }
 
@@ -119,21 +107,20 @@ StepLoss MemberRun::gather(const int32_t* rows, int64_t count) {
 
 MemberRun::Verdict MemberRun::step(const int32_t* rows, int64_t count, double lr) {
   const StepLoss loss = gather(rows, count);
-  if (counted_ == 0.0) return {nullptr, 0.0, 0.0};
+  if (counted_ == 0.0) return {MemberCause::none, 0.0, 0.0};
   set_weights();
   for (StepLayer& layer : layers_) layer.dropout.offset = static_cast<uint32_t>(member_.progress.step);
   const double value = forward_and_backward(rows, count, loss);
   // Beyond float32, a loss in float32 is Inf.
   if (!(std::abs(value) <= FLT_MAX))
-    return {std::isnan(value) ? "the loss is NaN" : "the loss is Inf", value, counted_};
+    return {std::isnan(value) ? MemberCause::loss_nan : MemberCause::loss_inf, value, counted_};
   const double norm = gradient_norm(rows, count), clip = member_.recipe.clip_norm;
-  if (!std::isfinite(norm)) return {"a gradient is not finite", value, counted_};
+  if (!std::isfinite(norm)) return {MemberCause::gradient, value, counted_};
   const double applied = clip > 0.0 ? std::min(norm, clip) : norm;
-  if (!averages_finite()) return {"a running average would not be finite", value, counted_};
-  if (!update(norm > applied ? applied / norm : 1.0, applied, lr))
-    return {"the update would not be finite", value, counted_};
+  if (!averages_finite()) return {MemberCause::average, value, counted_};
+  if (!update(norm > applied ? applied / norm : 1.0, applied, lr)) return {MemberCause::update, value, counted_};
   move_averages();
-  return {nullptr, value, counted_};
+  return {MemberCause::none, value, counted_};
 }
 
 double MemberRun::gradient_norm(const int32_t* rows, int64_t count) {
@@ -158,7 +145,8 @@ double MemberRun::gradient_norm(const int32_t* rows, int64_t count) {
 
 // Whether the update was made; what is not finite afterwards is put back.
 bool MemberRun::update(double scale, double largest_gradient, double lr) {
-  const bool proven = largest_gradient <= kLargest && largest_ <= kLargest && !negative_ && modest(member_.recipe, lr);
+  const bool proven =
+      largest_gradient <= kMemberLargest && largest_ <= kMemberLargest && !negative_ && member_.recipe.modest(lr);
   const int64_t floats = member_.running() - member_.values();
   float* saved = proven ? nullptr : work_.saved.at_least(floats);
   if (saved) std::copy_n(member_.values(), floats, saved);
@@ -186,7 +174,7 @@ void MemberRun::score() {
   progress.validation_loss.push_back(scores.loss);
   progress.metric.push_back(scores.metric);
   if (!std::isfinite(scores.loss) || !std::isfinite(scores.metric))
-    return diverge("the validation loss is not finite", progress.step - 1);
+    return diverge(MemberCause::validation, progress.step - 1);
   judge();
 }
 

@@ -25,8 +25,8 @@ class MemberRun {
   int64_t epoch();
 
  private:
-  struct Verdict {  // on a step: nullptr where it was taken
-    const char* cause;
+  struct Verdict {  // on a step: none where it was taken
+    MemberCause cause;
     double loss, weight;
   };
 
@@ -42,7 +42,7 @@ class MemberRun {
   bool update(double scale, double largest_gradient, double lr);
   bool averages_finite() const;
   void move_averages();
-  void diverge(const char* cause, int64_t step);
+  void diverge(MemberCause cause, int64_t step);
   void score();
   void judge();
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlpkit.errors import ArgumentError, DataError, DtypeError, ShapeError
+from mlpkit.errors import ArgumentError, DataError, DeviceError, DtypeError, ShapeError
 
 LOSSES = ("cross_entropy", "brier", "bce", "mse", "l1", "huber", "log_mse")
 OF_CLASSES = ("cross_entropy", "brier")
@@ -36,6 +36,24 @@ def table(X: Any, y: Any, weights: Any, loss: str, log_target: bool, owner: str)
     if count != len(x):
         raise ShapeError(f"{owner}: X has {len(x)} rows, y has {count}; they must agree")
     return found
+
+
+def placed(device: Any, *values: Any) -> tuple[int, tuple[Any, ...]]:
+    """The number of the CUDA device asked for, or that the first value lies on (-1: the CPU); all values on the CPU."""
+    lies = values[0].device if isinstance(values[0], Tensor) else torch.device("cpu")
+    wanted = lies if device is None else torch.device(device)
+    if wanted.type not in ("cpu", "cuda"):
+        raise DeviceError(f"Population: device is {wanted}; populations are trained on the CPU or a CUDA device")
+    here = tuple(value.cpu() if isinstance(value, Tensor) else value for value in values)
+    if wanted.type == "cpu":
+        if lies.type != "cpu" and device is not None:
+            raise DeviceError(f"Population: device is {device}, but X is on {lies}; move one of them")
+        return -1, here
+    return wanted.index if wanted.index is not None else _current(), here
+
+
+def _current() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 def inputs(X: Any, owner: str) -> Tensor:

@@ -18,7 +18,7 @@ from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError, DeviceError, MlpkitError, ShapeError
 from mlpkit.nn import MLP
 from mlpkit.population import checkpoint, recipe
-from mlpkit.population.data import LOSSES, OF_CLASSES, Table, held_back, inputs, rows_of, table
+from mlpkit.population.data import LOSSES, OF_CLASSES, Table, held_back, inputs, placed, rows_of, table
 from mlpkit.population.member import CHANGEABLE, MOST_EPOCHS, Member
 from mlpkit.population.progress import watching
 from mlpkit.population.scores import Mark, Scores, leaderboard
@@ -47,10 +47,15 @@ class Population:
     is not trained on then; (X, y) or (X, y, sample_weight), a table of its own. log_target: train on log(y), and
     predict exp of it.
 
-    Every member is trained by one thread through whole epochs, longest first over ``threads`` threads (None: torch's
-    number). Its numbers depend on its own specification and the data alone: not on threads, order or company. Steps in
-    which something is not finite are not taken, but counted; after 8 in a row, or an epoch without one that was, the
-    member has diverged and stops, as it does when its validation loss is not finite. progress: show a live line.
+    device: "cpu" or a CUDA device; None: where X lies. On CUDA one block of threads trains a member with its weights
+    and activations in shared memory, so that its widths are bounded, and norms are not taken; its numbers are its own
+    there too, but not the CPU's, whose sums have another order. What comes back lies on the CPU.
+
+    On the CPU every member is trained by one thread through whole epochs, longest first over ``threads`` threads
+    (None: torch's number). A member's numbers depend on its own specification and the data alone: not on threads, order
+    or company. Steps in which something is not finite are not taken, but counted; after 8 in a row, or an epoch without
+    one that was, the member has diverged and stops, as it does when its validation loss is not finite. progress: show a
+    live line.
 
     Raises MlpkitError subclasses that name the argument, what it was and what it must be.
     """
@@ -72,7 +77,8 @@ class Population:
         delta: float = 1.0,
         out_features: int | None = None,
     ) -> None:
-        _check(loss, metric, device, threads, log_target, delta)
+        _check(loss, metric, threads, log_target, delta)
+        number, (X, y, sample_weight) = placed(device, X, y, sample_weight)
         self.loss, self.metric, self.threads, self.progress = loss, metric or "loss", threads, progress
         self.log_target, self.delta, self.validation = log_target, float(delta), validation
         self.data = table(X, y, sample_weight, loss, log_target, "Population")
@@ -83,9 +89,18 @@ class Population:
         self._marks: dict[int, list[Mark]] = {}
         self._busy = threading.Lock()
         scored = (*self.data, *(self.other or ()))
-        self._native = _C.Population(
-            loss=loss, delta=self.delta, metric=self.metric, data=tuple(self.data), validation=scored[-4:]
-        )
+        try:
+            self._native = _C.Population(
+                loss=loss,
+                delta=self.delta,
+                metric=self.metric,
+                data=tuple(self.data),
+                validation=scored[-4:],
+                device=number,
+            )
+        except NotImplementedError as error:
+            reason = str(error).removeprefix("population: ")
+            raise DeviceError(f"Population: device is {device or 'cuda'}; {reason}") from error
         self.add(members)
 
     def _other_table(self, validation: Any) -> Table | None:
@@ -118,8 +133,16 @@ class Population:
                 raise ArgumentError(f"Population: members holds {type(member).__name__}; it must hold Member objects")
         tables: dict[tuple[str, int], Tensor] = {}
         prepared = [(member, *self._tables(member, tables)) for member in new]
+        for member, rows, _ in prepared:
+            self._refuse_misfits(member, len(rows))
         with self._alone():
             return [self._add_one(*parts) for parts in prepared]
+
+    def _refuse_misfits(self, member: Member, rows: int) -> None:
+        network = recipe.network(member, self.in_features, self.out_features)
+        reason = self._native.obstacle(network=network, recipe=recipe.recipe(member), rows=rows)
+        if reason:
+            raise DeviceError(f"Member: {reason}")
 
     def _add_one(self, member: Member, rows: Tensor, validation_rows: Tensor | None) -> int:
         index: int = self._native.add(
@@ -195,6 +218,7 @@ class Population:
         for index, member in changed.items():
             if (member.momentum > 0) != (self.members[index].momentum > 0):
                 raise ArgumentError("Population.set: momentum cannot become 0 or cease to be; its memory is laid out")
+            self._refuse_misfits(member, len(self.data.x))
         with self._alone():
             for index, member in changed.items():
                 now = self._native.progress(index)
@@ -299,7 +323,7 @@ class Population:
 
         weights: "best" are those of a member's best epoch, where it is validated, otherwise and for "last" its last.
         """
-        x = inputs(X, "Population.predict")
+        x = inputs(X.cpu() if isinstance(X, Tensor) else X, "Population.predict")
         if x.shape[1] != self.in_features:
             raise ShapeError(f"Population.predict: X has {x.shape[1]} columns; the members take {self.in_features}")
         wanted = list(self.members) if ids is None else self._known(ids)
@@ -373,14 +397,12 @@ class _Alone:
         self._lock.release()
 
 
-def _check(loss: str, metric: str | None, device: Any, threads: int | None, log_target: bool, delta: float) -> None:
+def _check(loss: str, metric: str | None, threads: int | None, log_target: bool, delta: float) -> None:
     if loss not in LOSSES:
         raise ArgumentError(f"Population: loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
     if metric is not None and metric not in ("loss", *METRICS[loss]):
         known = ", ".join(("loss", *METRICS[loss]))
         raise ArgumentError(f"Population: metric is {metric!r}; with {loss} it must be one of {known}, or None")
-    if device is not None and torch.device(device).type != "cpu":
-        raise DeviceError(f"Population: device is {device}; populations are trained on the CPU so far")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ArgumentError(f"Population: threads is {threads!r}; it must be an int of at least 1, or None")
     if log_target and loss not in ("mse", "l1", "huber"):
