@@ -7,6 +7,7 @@
 #include "bindings_follow.h"
 #include "bindings_observe.h"
 #include "bindings_population.h"
+#include "bindings_scaler.h"
 #include "bindings_step.h"
 #include "bindings_update.h"
 #include "core/philox.h"
@@ -64,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   mlpkit::bind_population(m);
   mlpkit::bind_step(m);
   mlpkit::bind_update(m);
+  mlpkit::bind_scaler(m);
 
   // -1 for what cannot be looked at.
   m.def(

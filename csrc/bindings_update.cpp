@@ -1,122 +1,69 @@
-// The part of mlpkit._C that updates the parameters of a torch.optim.Optimizer: it holds the parameters and state that
-// Python has prepared, sees whether they are still the optimizer's, and makes a guarded update of them.
+// The part of mlpkit._C that updates the parameters of a torch.optim.Optimizer on a device: it holds the parameters and
+// state that Python has prepared, sees whether they are still the optimizer's, and queues a guarded update of them.
 #include "bindings_update.h"
 
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
 #include <array>
 
+#include "bindings_update_settings.h"
 #include "bindings_watch.h"
-#include "ops/guarded_update.h"
 #include "ops/guarded_update_device.h"
-#include "ops/huge_pages.h"
+#include "ops/guarded_update_lists.h"
 
 namespace mlpkit {
 namespace {
 
-struct UpdateNames {
-  py::str lr{"lr"}, betas{"betas"}, alpha{"alpha"}, eps{"eps"}, momentum{"momentum"}, dampening{"dampening"},
-      weight_decay{"weight_decay"}, l1{"l1"}, trust{"trust"}, nesterov{"nesterov"}, maximize{"maximize"},
-      amsgrad{"amsgrad"}, centered{"centered"}, params{"params"}, fused{"fused"};
-};
-// Never destroyed: the interpreter may be gone by then.
-const UpdateNames& update_names() {
-  static const UpdateNames* all = new UpdateNames();
-  return *all;
-}
-
-at::Tensor tensor_or_none(const char* what, const py::handle& object) {
-  if (object.is_none()) return {};
-  if (!THPVariable_Check(object.ptr()))
-    throw py::type_error(std::string("OptimizerUpdate: ") + what + " is " + py::repr(object).cast<std::string>() +
-                         "; it must be a tensor");
-  return THPVariable_Unpack(object.ptr());
-}
-
-class OptimizerUpdate {
+class DeviceRows {
  public:
   // rows: (parameter, group, its dictionary in the state, names in it of first, second, third and step or None, its
   // low-precision copy or None, whether the momentum buffer is empty). groups: parameters by group.
-  OptimizerUpdate(const std::string& kind, const py::list& rows, const py::list& groups, const py::dict& state)
-      : state_(state), kind_(optimizer_of(kind)) {
-    std::vector<GuardedRow> all = rows_of(rows);
-    if (!all.empty() && !all[0].p.is_cpu())
-      device_ = make_device_update(kind_, std::move(all));
-    else
-      host_ = std::make_unique<GuardedUpdate>(kind_, std::move(all));
+  DeviceRows(const std::string& kind, const py::list& rows, const py::list& groups, const py::dict& state)
+      : state_(state), kind_(guarded_kind_from_name(kind)) {
+    device_ = make_device_update(kind_, rows_of(rows));
     for (const py::handle group : groups) {
       auto& known = groups_.emplace_back();
       for (const py::handle parameter : group) known.push_back(parameter.cast<py::object>());
     }
-    std::vector<PyObject*> taken;
-    for (const py::handle row : rows) taken.push_back(row.cast<py::tuple>()[0].ptr());
+    size_t row = 0;  // in their groups' order
     for (const auto& group : groups_)
       for (const py::object& parameter : group)
-        if (std::find(taken.begin(), taken.end(), parameter.ptr()) == taken.end()) idle_.push_back(parameter);
-    for (const GuardedRow& row : this->rows()) {
+        if (row < parameters_.size() && parameters_[row].is(parameter))
+          ++row;
+        else
+          idle_.push_back(parameter);
+    for (const GuardedRow& row : device_->rows())
       places_.push_back({row.p.sizes().vec(), row.p.strides().vec(), row.p.scalar_type(), row.p.device()});
-      for (const at::Tensor* tensor : {&row.p, &row.first, &row.second, &row.third}) collapse_into_huge_pages(*tensor);
-    }
     lend(false);
   }
 
-  // None: something is not as it was prepared. Otherwise (taken, reason, norm, factor, row, rows); on a device, where
-  // nothing is read, the tensors (outcome, census).
+  // None: something is not as it was prepared. Otherwise the tensors (outcome, census), which nothing has read.
   py::object step(const py::list& groups, const py::object& state, double clip, const py::object& scale,
-                  const py::object& clean, const py::object& found, const py::object& rule, bool force, bool torch) {
+                  const py::object& clean, const py::object& found, const py::object& rule, bool force) {
     if (busy_ || state.ptr() != state_.dict.ptr()) return py::none();
     const Lending lending(*this);
     if (!same(groups)) return py::none();
-    GuardedOptions options;
-    options.clip = clip;
-    options.scale = tensor_or_none("grad_scale", scale);
-    options.clean = tensor_or_none("clean_steps", clean);
-    options.found = tensor_or_none("found_inf", found);
-    options.force = force;
-    options.torch = torch;
-    if (torch)
-      for (const py::handle group : groups) options.fused.push_back(flag(item(group.ptr(), update_names().fused)));
-    if (!rule.is_none()) {
-      const auto [growth, backoff, interval, floor, ceiling] =
-          rule.cast<std::tuple<double, double, int64_t, double, double>>();
-      options.rule = {growth, backoff, floor, ceiling, interval};
-    }
+    const GuardedOptions options = StepArguments{clip, scale, clean, found, rule, force, false, false}.options(groups);
     std::vector<at::Tensor> gradients;
     for (const py::object& parameter : parameters_) gradients.push_back(THPVariable_Unpack(parameter.ptr()).grad());
-    GuardedOutcome outcome{};
     std::tuple<at::Tensor, at::Tensor> queued;
     busy_ = true;
     try {
       const py::gil_scoped_release release;
       const at::NoGradGuard no_grad;
-      if (device_)
-        queued = device_->run(gradients, settings_, rates_, options);
-      else
-        outcome = host_->run(gradients, settings_, options);
+      queued = device_->run(gradients, settings_, rates_, options);
     } catch (...) {
       busy_ = false;
       throw;
     }
     busy_ = false;
-    if (device_) return py::make_tuple(std::get<0>(queued), std::get<1>(queued));
-    return py::make_tuple(outcome.taken, static_cast<int>(outcome.reason), outcome.norm, outcome.factor, outcome.row,
-                          outcome.rows);
-  }
-
-  // Of the last step, by row: (NaN, Inf, first, absmax, sum of squares).
-  py::list census() const {
-    py::list result;
-    if (!host_) return result;
-    for (const RangeCensus& row : host_->census())
-      result.append(py::make_tuple(row.nan, row.inf, row.first, row.absmax, row.sum_of_squares));
-    return result;
+    return py::make_tuple(std::get<0>(queued), std::get<1>(queued));
   }
 
   // What a device keeps of the steps (ops/guarded_update_device.h), or None.
   py::object log() const {
-    const at::Tensor log = device_ ? device_->log() : at::Tensor();
+    const at::Tensor log = device_->log();
     return log.defined() ? py::cast(log) : py::none();
   }
 
@@ -127,28 +74,19 @@ class OptimizerUpdate {
     at::Device device;
   };
   struct Lending {
-    OptimizerUpdate& owner;
-    explicit Lending(OptimizerUpdate& to) : owner(to) { owner.lend(true); }
+    DeviceRows& owner;
+    explicit Lending(DeviceRows& to) : owner(to) { owner.lend(true); }
     ~Lending() { owner.lend(false); }
   };
 
   // Rows have their tensors for the length of a step only: torch.utils.swap_tensors refuses to swap what is held.
   void lend(bool whether) {
-    std::vector<GuardedRow>& rows = this->rows();
+    std::vector<GuardedRow>& rows = device_->rows();
     for (size_t i = 0; i < rows.size(); ++i) {
       at::Tensor* to[] = {&rows[i].p, &rows[i].first, &rows[i].second, &rows[i].third, &rows[i].step};
       for (int k = 0; k < 5; ++k)
         if (objects_[i][k]) *to[k] = whether ? THPVariable_Unpack(objects_[i][k]) : at::Tensor();
     }
-  }
-
-  std::vector<GuardedRow>& rows() { return device_ ? device_->rows() : host_->rows(); }
-
-  static Optimizer optimizer_of(const std::string& name) {
-    constexpr const char* names[] = {"sgd", "adam", "adamw", "rmsprop", "lars", "lamb"};
-    for (int i = 0; i < 6; ++i)
-      if (name == names[i]) return static_cast<Optimizer>(i);
-    throw py::value_error("GuardedUpdate: kind is '" + name + "'; it must be sgd, adam, adamw, rmsprop, lars or lamb");
   }
 
   std::vector<GuardedRow> rows_of(const py::list& rows) {
@@ -179,7 +117,6 @@ class OptimizerUpdate {
   }
 
   bool same(const py::list& groups) {
-    const UpdateNames& n = update_names();
     if (!state_.same() || groups.size() != groups_.size()) return false;
     for (const Entries& entries : entries_)
       if (!entries.same()) return false;
@@ -189,15 +126,14 @@ class OptimizerUpdate {
     rates_.clear();
     for (size_t i = 0; i < groups_.size(); ++i) {
       PyObject* group = PyList_GET_ITEM(groups.ptr(), i);
-      PyObject* params = item(group, n.params);
+      PyObject* params = group_params(group);
       const auto& known = groups_[i];
-      if (!params || !PyList_Check(params) || PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(known.size()))
-        return false;
+      if (!params || PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(known.size())) return false;
       for (size_t j = 0; j < known.size(); ++j)
         if (PyList_GET_ITEM(params, j) != known[j].ptr()) return false;
-      settings_.push_back(read(group, device_ ? &rates_.emplace_back() : nullptr));
+      settings_.push_back(group_settings(group, &rates_.emplace_back()));
     }
-    const std::vector<GuardedRow>& rows = this->rows();
+    const std::vector<GuardedRow>& rows = device_->rows();
     for (size_t i = 0; i < rows.size(); ++i)
       if (!fits(rows[i], places_[i])) return false;
     return true;
@@ -217,54 +153,12 @@ class OptimizerUpdate {
            (row.first.defined() || !momentum) && (row.third.defined() || !(g.amsgrad || g.centered));
   }
 
-  static double value(PyObject* object, double otherwise) {
-    if (object == nullptr || object == Py_None) return otherwise;
-    if (const std::optional<double> number = mlpkit::number(object)) return *number;
-    if (THPVariable_Check(object)) return THPVariable_Unpack(object).item().toDouble();
-    return py::float_(py::reinterpret_borrow<py::object>(object));
-  }
-  static bool flag(PyObject* object) {
-    return object != nullptr && object != Py_False && object != Py_None && PyObject_IsTrue(object) == 1;
-  }
-
-  // rate: gets a learning rate that lies on a device, which is not read.
-  static GuardedGroup read(PyObject* group, at::Tensor* rate) {
-    const UpdateNames& n = update_names();
-    GuardedGroup g{};
-    const auto of = [&](const py::str& name, double otherwise) { return value(item(group, name), otherwise); };
-    PyObject* lr = item(group, n.lr);
-    if (rate && lr && THPVariable_Check(lr) && THPVariable_Unpack(lr).is_cuda())
-      *rate = THPVariable_Unpack(lr);
-    else
-      g.lr = value(lr, 0);
-    g.eps = of(n.eps, 0);
-    g.momentum = of(n.momentum, 0);
-    g.dampening = of(n.dampening, 0);
-    g.weight_decay = of(n.weight_decay, 0);
-    g.l1 = of(n.l1, 0);
-    g.trust = of(n.trust, 0);
-    PyObject* betas = item(group, n.betas);
-    if (betas != nullptr) {
-      const auto both = py::reinterpret_borrow<py::sequence>(betas);
-      g.beta1 = value(py::object(both[0]).ptr(), 0);
-      g.beta2 = value(py::object(both[1]).ptr(), 0);
-    } else {
-      g.beta2 = of(n.alpha, 0);
-    }
-    g.nesterov = flag(item(group, n.nesterov));
-    g.maximize = flag(item(group, n.maximize));
-    g.amsgrad = flag(item(group, n.amsgrad));
-    g.centered = flag(item(group, n.centered));
-    return g;
-  }
-
   Items state_;
   std::vector<py::object> parameters_, idle_;  // by row; without a row
   std::vector<Entries> entries_;
   std::vector<std::array<PyObject*, 5>>
       objects_;  // by row: parameter, first, second, third, step; those above own them
   Optimizer kind_;
-  std::unique_ptr<GuardedUpdate> host_;  // one of these two
   std::unique_ptr<DeviceUpdate> device_;
   std::vector<std::vector<py::object>> groups_;
   std::vector<Shape> places_;
@@ -276,13 +170,13 @@ class OptimizerUpdate {
 }  // namespace
 
 void bind_update(py::module_& m) {
-  py::class_<OptimizerUpdate>(m, "OptimizerUpdate")
+  bind_host_update(m);
+  py::class_<DeviceRows>(m, "DeviceUpdate")
       .def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(), py::arg("kind"),
            py::arg("rows"), py::arg("groups"), py::arg("state"))
-      .def("step", &OptimizerUpdate::step, py::arg("groups"), py::arg("state"), py::arg("clip_norm"), py::arg("scale"),
-           py::arg("clean_steps"), py::arg("found_inf"), py::arg("rule"), py::arg("force"), py::arg("torch"))
-      .def("census", &OptimizerUpdate::census)
-      .def("log", &OptimizerUpdate::log);
+      .def("step", &DeviceRows::step, py::arg("groups"), py::arg("state"), py::arg("clip_norm"), py::arg("scale"),
+           py::arg("clean_steps"), py::arg("found_inf"), py::arg("rule"), py::arg("force"))
+      .def("log", &DeviceRows::log);
 }
 
 }  // namespace mlpkit

@@ -5,5 +5,6 @@
 namespace mlpkit {
 
 void bind_update(pybind11::module_& m);
+void bind_host_update(pybind11::module_& m);  // its part for the CPU
 
 }  // namespace mlpkit

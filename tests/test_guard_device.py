@@ -18,16 +18,19 @@ from mlpkit.ops.guarded_update import GroupSettings, Reason, guarded_update
 class StandIn:
     """The native update of the CPU, with the answers and the log of one on a device."""
 
-    def __init__(self, *args):
-        self._inner = _OptimizerUpdate(*args)
+    def __init__(self, kind, rows, groups, state):
+        self._inner = _C.HostUpdate(kind)
+        self._inner.prepared([])
         self._log = torch.zeros(2 + 32 * 12, dtype=torch.float64)
 
     def step(self, groups, state, clip, scale, *rest):
         used = 1.0 if scale is None else float(scale)
-        said = self._inner.step(groups, state, clip, scale, *rest)
+        said = self._inner.step(groups, state, clip, scale, *rest, False, False)
         if said is None:
             return None
-        census = torch.tensor(self._inner.census(), dtype=torch.float64)
+        said = said[:-1]  # a device does not unscale in place
+        parameters = sum(len(group["params"]) for group in groups)
+        census = torch.tensor(self._inner.census() or [(0.0,) * 5] * parameters, dtype=torch.float64)
         skips = int(self._log[1])
         if not said[0]:
             row = census[said[4]] if said[4] >= 0 else torch.zeros(5)
@@ -41,13 +44,10 @@ class StandIn:
         return self._log
 
 
-_OptimizerUpdate = _C.OptimizerUpdate
-
-
 @pytest.fixture
 def on_device(monkeypatch):
     """Parameters on the CPU pass for those of a device."""
-    monkeypatch.setattr(_C, "OptimizerUpdate", StandIn)
+    monkeypatch.setattr(_C, "DeviceUpdate", StandIn)
     monkeypatch.setattr(guard.optim, "_decided_on_device", lambda _: True)
 
 

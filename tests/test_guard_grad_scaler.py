@@ -1,6 +1,7 @@
 """guard.GradScaler: all that torch.amp.GradScaler does, and a bad step leaves no trace."""
 
 import copy
+import math
 import pickle
 import warnings
 import weakref
@@ -648,11 +649,12 @@ def test_history_headroom_and_the_tracers_word_on_where_it_began():
 
 def test_gradients_that_no_kernel_counts_may_be_empty_or_lie_on_several_devices(monkeypatch):
     monkeypatch.setattr(headroom, "_COUNTED", ())  # as on a device
-    largest, bad = headroom.absmax([torch.tensor([1.0, -3.0]), torch.zeros(0), torch.tensor([torch.inf])])
-    assert largest.tolist() == [3.0, 0.0, torch.inf]
-    assert bad.tolist() == [False, False, True]
-    assert headroom.absmax([torch.zeros(0, 3)])[0].tolist() == [0.0]
-    assert headroom.absmax([torch.ones(2, device="meta"), torch.ones(2)])[0].device.type == "meta"
+    gradients = [torch.tensor([1.0, -3.0]), torch.zeros(0), torch.tensor([torch.inf]), torch.tensor([torch.nan])]
+    assert headroom.absmax(gradients).tolist() == [3.0, 0.0, torch.inf, torch.inf]
+    left_out = headroom.absmax([None, torch.zeros(0, 3)])
+    assert math.isnan(left_out[0])
+    assert left_out[1] == 0
+    assert headroom.absmax([torch.ones(2, device="meta"), torch.ones(2)]).device.type == "meta"
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     attempt = Attempt(optimizer, optimizer.step, {}, OptimizerCopy(optimizer))
     attempt._norms = [torch.ones(2, device="meta"), torch.ones(2)]

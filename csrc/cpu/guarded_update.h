@@ -18,6 +18,8 @@ struct CensusOfRange {
   int64_t count;
   double shrink;        // elements are multiplied by it before they are squared
   RangeCensus* result;  // overwritten
+  void* to = nullptr;   // [count], gets every element times factor, rounded once; may be data
+  double factor = 1;
 };
 
 struct RangeUpdate {

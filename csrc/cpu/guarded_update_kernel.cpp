@@ -196,16 +196,30 @@ void census_block(const R* x, int64_t count, double shrink, int64_t begin, Range
 }
 
 template <class R>
+void multiplied(const R* x, int64_t count, R factor, R* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = x[i] * factor;
+}
+
+template <class R>
 void census_as(const CensusOfRange& args) {
   RangeCensus& result = *args.result;
   result = {0, 0, -1, 0, 0, false};
   const auto look = args.shrink == 1 ? census_block<false, R> : census_block<true, R>;
-  if (plain<R>(args.dtype)) return look(static_cast<const R*>(args.data), args.count, args.shrink, 0, result);
+  const bool as_it_lies = plain<R>(args.dtype);
+  if (as_it_lies && !args.to) return look(static_cast<const R*>(args.data), args.count, args.shrink, 0, result);
   alignas(64) R block[kBlock];
+  const R factor = static_cast<R>(args.factor);
   for (int64_t begin = 0; begin < args.count; begin += kBlock) {
     const int64_t count = args.count - begin < kBlock ? args.count - begin : kBlock;
-    fetch(args.dtype, offset(args.data, args.dtype, begin), count, block);
-    look(block, count, args.shrink, begin, result);
+    const void* from = offset(args.data, args.dtype, begin);
+    void* to = offset(args.to, args.dtype, begin);
+    if (!as_it_lies) fetch(args.dtype, from, count, block);
+    const R* x = as_it_lies ? static_cast<const R*>(from) : block;
+    // Looked at first: what is bad is counted as it was.
+    look(x, count, args.shrink, begin, result);
+    if (!to) continue;
+    multiplied(x, count, factor, as_it_lies ? static_cast<R*>(to) : block);
+    if (!as_it_lies) put(args.dtype, block, count, to);
   }
 }
 

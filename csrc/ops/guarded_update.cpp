@@ -170,12 +170,17 @@ GuardedOutcome GuardedUpdate::run(const std::vector<at::Tensor>& gradients, cons
     run.active[i] = 1;
     run.gradients[i] = dense(gradients[i], rows_[i]);
     if (options.torch && !as_torch_takes(gradients[i], run.gradients[i], rows_[i], options.fused[rows_[i].group]))
-      return {false, GuardedReason::update, 0, 0, static_cast<int64_t>(i), 0};
+      return {false, GuardedReason::update, 0, 0, static_cast<int64_t>(i), 0, false};
     run.looked[i] = std::isnan(extents_[i].p) || !(seen_[i] == seen(rows_[i]));
   }
   if (options.scale.defined()) run.scale = read(options.scale);
-  if (options.torch && !begin_together(run.active, options.fused)) return {false, GuardedReason::update, 0, 0, -1, 0};
-  take_census(run, 1.0);
+  if (options.torch && !begin_together(run.active, options.fused))
+    return {false, GuardedReason::update, 0, 0, -1, 0, false};
+  unscaled_by_ = 1;
+  if (!options.unscale)
+    take_census(run, 1.0, 1);
+  else if (!unscale(run, gradients))
+    return {false, GuardedReason::scale, 0, 0, -1, 0, false};
   look(run, run.looked);
   const bool decided = decide(run);
   const bool proven = (decided || options.force) && prove(run);

@@ -38,6 +38,8 @@ struct GuardedOptions {
   at::Tensor found;         // float32, one element: not 0 skips the step; 1 after a step that its gradients forbade
   GuardedScale rule{2.0, 0.5, 1.0, 0x1p24, 0};
   bool force = false;  // write whatever comes out
+  // Unscale the gradients in place first, be they bad or not, as torch's scaler does; not with force.
+  bool unscale = false;
   // Update by the operations of torch.optim's own optimizers, bit for bit, gradients scaled and clipped in place first;
   // not with force. A step that no bound shows to stay finite is not taken.
   bool torch = false;
@@ -48,9 +50,10 @@ struct GuardedOptions {
 struct GuardedOutcome {
   bool taken;
   GuardedReason reason;
-  double norm, factor;  // of the unscaled gradients before clipping; what they were multiplied by
-  int64_t row;          // the first one at fault, or -1
-  int64_t rows;         // how many gradients hold Inf or NaN
+  double norm, factor;    // of the unscaled gradients before clipping; what they were multiplied by
+  int64_t row;            // the first one at fault, or -1
+  int64_t rows;           // how many gradients hold Inf or NaN
+  bool unscaled = false;  // whether the gradients now are
 };
 
 class GuardedUpdate {
@@ -60,8 +63,9 @@ class GuardedUpdate {
   // gradients: by row, undefined where a row takes no part. groups: settings by group.
   GuardedOutcome run(const std::vector<at::Tensor>& gradients, const std::vector<GuardedGroup>& groups,
                      const GuardedOptions& options);
-  // Of the last run's gradients, by row.
+  // Of the last run's gradients, by row; unscaled where that run has unscaled them, by a factor of unscaled_by().
   const std::vector<RangeCensus>& census() const { return census_; }
+  double unscaled_by() const { return unscaled_by_; }
   // Upper bounds of each row as the last run left them; NaN in p: unknown, read them in the next run.
   std::vector<Extents>& extents() { return extents_; }
   // Take the extents for true although this object has not seen the tensors before.
@@ -80,7 +84,8 @@ class GuardedUpdate {
   template <class Work>
   void each_chunk(const Work& work);
   bool begin_together(const std::vector<uint8_t>& active, const std::vector<uint8_t>& fused) const;
-  void take_census(Run& run, double shrink);
+  void take_census(Run& run, double shrink, double factor);
+  bool unscale(Run& run, const std::vector<at::Tensor>& given);
   void look(Run& run, const std::vector<uint8_t>& rows);
   bool decide(Run& run);
   bool bounded(Run& run);
@@ -97,6 +102,7 @@ class GuardedUpdate {
   std::vector<Seen> seen_;
   std::vector<Extents> extents_;
   std::vector<RangeCensus> census_;
+  double unscaled_by_ = 1;
 };
 
 }  // namespace mlpkit

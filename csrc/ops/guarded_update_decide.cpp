@@ -18,12 +18,6 @@ double largest_of(Dtype dtype) {
   return 0;
 }
 
-bool finite(const GuardedGroup& g) {
-  for (const double x : {g.lr, g.beta1, g.beta2, g.eps, g.momentum, g.dampening, g.weight_decay, g.l1, g.trust})
-    if (!std::isfinite(x)) return false;
-  return true;
-}
-
 void merge(RangeCensus& total, const RangeCensus& part, int64_t offset) {
   if (total.first < 0 && part.first >= 0) total.first = offset + part.first;
   total.nan += part.nan;
@@ -33,23 +27,55 @@ void merge(RangeCensus& total, const RangeCensus& part, int64_t offset) {
   total.negative = total.negative || part.negative;
 }
 
-void look_at(const at::Tensor& tensor, int64_t begin, int64_t count, double shrink, RangeCensus& result) {
+CensusOfRange range_of(const at::Tensor& tensor, int64_t begin, int64_t count, double shrink, RangeCensus& result) {
   const char* data = static_cast<const char*>(tensor.const_data_ptr()) + begin * tensor.element_size();
-  cpu::census_of_range({dtype_of("guarded_update", "a tensor", tensor), data, count, shrink, &result});
+  return {dtype_of("guarded_update", "a tensor", tensor), data, count, shrink, &result};
 }
 
 }  // namespace
 
-// Pass 1: the gradients.
-void GuardedUpdate::take_census(Run& run, double shrink) {
+// Pass 1: the gradients, multiplied by a factor on the way unless it is 1.
+void GuardedUpdate::take_census(Run& run, double shrink, double factor) {
   run.parts.resize(chunks_.size());
   run.shrink = shrink;
   each_chunk([&](size_t i, const Chunk& chunk) {
-    if (run.active[chunk.row]) look_at(run.gradients[chunk.row], chunk.begin, chunk.count, shrink, run.parts[i]);
+    if (!run.active[chunk.row]) return;
+    CensusOfRange args = range_of(run.gradients[chunk.row], chunk.begin, chunk.count, shrink, run.parts[i]);
+    if (factor != 1) {
+      args.to = const_cast<void*>(args.data);
+      args.factor = factor;
+    }
+    cpu::census_of_range(args);
   });
   census_.assign(rows_.size(), {0, 0, -1, 0, 0, false});
   for (size_t i = 0; i < chunks_.size(); ++i)
     if (run.active[chunks_[i].row]) merge(census_[chunks_[i].row], run.parts[i], chunks_[i].begin);
+  for (size_t row = 0; row < rows_.size(); ++row)
+    if (!run.active[row]) census_[row].absmax = kUnknown;
+}
+
+// As torch's scaler does it: by a float32 factor, in place. False: not to be done here, and nothing has been.
+bool GuardedUpdate::unscale(Run& run, const std::vector<at::Tensor>& given) {
+  const float factor = static_cast<float>(1 / run.scale);
+  if (!(run.scale > 0) || !(factor > 0) || !std::isfinite(factor)) return false;
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (!run.active[i]) continue;
+    const bool in_place = given[i].is_same(run.gradients[i]) && given[i].scalar_type() != at::kHalf;
+    if (!in_place || !is_finite(run.groups[rows_[i].group])) return false;
+  }
+  for (size_t i = 0; i < rows_.size(); ++i)
+    if (run.active[i]) given[i].unsafeGetTensorImpl()->mutable_data();  // a lazy copy ends
+  take_census(run, 1.0, factor);
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (!run.active[i]) continue;
+    census_[i].absmax *= factor;
+    census_[i].sum_of_squares *= static_cast<double>(factor) * factor;
+    if (!given[i].is_inference()) given[i].unsafeGetTensorImpl()->bump_version();
+  }
+  unscaled_by_ = factor;
+  run.scale = 1;
+  run.outcome.unscaled = true;
+  return true;
 }
 
 // Whatever nothing is known of, and the norms that lars and lamb go by.
@@ -62,7 +88,7 @@ void GuardedUpdate::look(Run& run, const std::vector<uint8_t>& rows) {
     const auto tensors = rows_[chunk.row].state();
     for (int k = 0; k < 4; ++k)
       if (tensors[k]->defined() && (rows[chunk.row] || (norms && k == 0)))
-        look_at(*tensors[k], chunk.begin, chunk.count, 1.0, run.states[i][k]);
+        cpu::census_of_range(range_of(*tensors[k], chunk.begin, chunk.count, 1.0, run.states[i][k]));
   });
   for (size_t row = 0; row < rows_.size(); ++row)
     if (rows[row]) extents_[row] = {0, 0, 0, 0};
@@ -116,7 +142,7 @@ bool GuardedUpdate::decide(Run& run) {
   }
   if (absmax > 0 && !(total >= 0x1p-1000 && total <= kLargestDouble)) {
     // Squares that double cannot hold: those of gradients divided by the largest of them can.
-    take_census(run, std::min(1 / absmax, 0x1p1000));
+    take_census(run, std::min(1 / absmax, 0x1p1000), 1);
     total = 0;
     for (size_t row = 0; row < rows_.size(); ++row)
       if (run.active[row]) total += census_[row].sum_of_squares;
@@ -127,7 +153,7 @@ bool GuardedUpdate::decide(Run& run) {
   if (!(1 / run.scale <= 0x1p127) || !(outcome.factor > 0)) return refuse(GuardedReason::scale, -1);
   if (!(outcome.norm <= kLargestDouble)) return refuse(GuardedReason::norm, -1);
   for (size_t row = 0; row < rows_.size(); ++row)
-    if (run.active[row] && !finite(run.groups[rows_[row].group]))
+    if (run.active[row] && !is_finite(run.groups[rows_[row].group]))
       return refuse(GuardedReason::setting, static_cast<int64_t>(row));
   return true;
 }

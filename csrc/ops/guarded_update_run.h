@@ -28,6 +28,12 @@ inline void write_number(const at::Tensor& number, double value) {
   number.unsafeGetTensorImpl()->bump_version();
 }
 
+inline bool is_finite(const GuardedGroup& g) {
+  for (const double x : {g.lr, g.beta1, g.beta2, g.eps, g.momentum, g.dampening, g.weight_decay, g.l1, g.trust})
+    if (!std::isfinite(x)) return false;
+  return true;
+}
+
 // NaN stays.
 inline void raise_to(double& bound, double value) {
   if (!(value <= bound) && !std::isnan(bound)) bound = value;
@@ -45,7 +51,7 @@ struct GuardedUpdate::Run {
   std::vector<std::array<RangeCensus, 4>> states;     // by chunk
   std::vector<std::array<double, 4>> largest;         // by chunk
   std::vector<double> squares;                        // by chunk: of lamb's direction
-  GuardedOutcome outcome{false, GuardedReason::taken, 0, 0, -1, 0};
+  GuardedOutcome outcome{false, GuardedReason::taken, 0, 0, -1, 0, false};
   double scale = 1, shrink = 1;
   bool overflowed = false;
 };

@@ -18,7 +18,7 @@ from mlpkit.guard.state import Buffers, OptimizerCopy, parameters_of, state_of
 from mlpkit.guard.update import FusedUpdate, as_torch_now, why_not
 
 Verdict = tuple[str, Finding]
-_MAY_OVERFLOW = 1e12  # squares of larger numbers may sum up past float32's range
+MAY_OVERFLOW = 1e12  # squares of larger numbers may sum up past float32's range
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Attempt:
             # A norm that overflowed clips everything to zero: only then may nothing be left of a gradient so large.
             largest = self.largest.amax()
             left = torch.stack([norms.amax().to(largest) for norms in self._norms]).amax()
-            readings.add(torch.where(left == 0, largest, 0.0), _MAY_OVERFLOW)
+            readings.add(torch.where(left == 0, largest, 0.0), MAY_OVERFLOW)
         if provable:
             bounds.add_readings(readings, self.optimizer)
         if self._exceeded(readings):
@@ -148,7 +148,7 @@ class Attempt:
         return Finding("a gradient, when unscaled", 0, 1, (), 1) if any(bool(flag) for flag in self.found) else None
 
     def _clipped_away(self) -> Finding | None:
-        if self.largest is None or not self.largest.numel() or not float(self.largest.amax()) > _MAY_OVERFLOW:
+        if self.largest is None or not self.largest.numel() or not float(self.largest.amax()) > MAY_OVERFLOW:
             return None
         gone = not any(bool(gradient.any()) for gradient in self._gradients())
         return Finding("gradient norm", 0, 1, (), 1) if gone else None

@@ -146,8 +146,8 @@ def make_record(
     )
 
 
-def explained(record: SkipRecord, scale: LossScale | None, absmax: headroom.AbsmaxHistory) -> SkipRecord:
-    """The record with what kind of skip it was, the culprit's past, and what a tracer knows of its origin."""
+def explained(record: SkipRecord, scale: LossScale | None, absmax: tuple[float, ...]) -> SkipRecord:
+    """The record with what kind of skip it was, the culprit's past absmax, and what a tracer knows of its origin."""
     at_floor = scale is None or scale.at_floor
     note = record.note
     if scale is not None and at_floor and record.where == "gradient":
@@ -157,7 +157,7 @@ def explained(record: SkipRecord, scale: LossScale | None, absmax: headroom.Absm
         record,
         note=note,
         nature=headroom.nature(record.where, record.scale, at_floor),
-        absmax=absmax.of(record.culprit),
+        absmax=absmax,
         module=origin.get("module"),
         op=origin.get("op"),
         cause=origin.get("cause"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mlpkit.guard import bounds, census, checks
+from mlpkit.guard import bounds, census, checks, headroom
 from mlpkit.guard.census import Finding
 from mlpkit.guard.culprit import Evidence, bad_state_error, bad_state_of, explained, forward_culprit, make_record
 from mlpkit.guard.direct import DirectUpdate
@@ -26,7 +26,7 @@ class Decision:
 
     def __init__(self, step: TrainStep) -> None:
         self._step = step
-        self.direct = DirectUpdate(step._inner, step.optimizer)
+        self.direct = DirectUpdate(step.optimizer)
 
     def make(
         self, batches: list[MicroBatch], live_buffers: list[Tensor], scale: float, window: Window
@@ -88,7 +88,8 @@ class Decision:
         step, clip_norm = self._step, self._step.clip_norm
         named = checks.check_gradients(step._inner, step.optimizer)
         gradients = [census.local(gradient) for _, gradient in named]
-        step._absmax.add([name for name, _ in named], gradients, scale)
+        present = [None if one.grad is None else census.local(one.grad) for one in parameters_of(step.optimizer)]
+        step._absmax.add(headroom.absmax(present), scale)
         free = step._reads_are_free
         measure = partial(census.whole_norm, exact=clip_norm is not None or not free, free=free)
         norm = step._ranks.global_norm([gradient for _, gradient in named], measure)
@@ -125,4 +126,6 @@ class Decision:
         record = make_record(step.steps, verdict, evidence, scale, trace_forward)
         if ranks.sharded:
             step._buffers.restore()
-        return ranks.told(explained(record, step._loss_scale, step._absmax))
+        places = step._parameter_names()
+        past = step._absmax.of(places.index(record.culprit) if record.culprit in places else None)
+        return ranks.told(explained(record, step._loss_scale, past))

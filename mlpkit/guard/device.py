@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError
 from mlpkit.guard.update import DeviceScale, FusedUpdate, Outcome
 
@@ -47,6 +48,7 @@ class DeviceUpdate(FusedUpdate):
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer)
+        self.parameters: list[Tensor] = []  # by row: those that have a gradient or state
         self.unnamed = 0  # skips that the log had forgotten before they were looked at
         self._told = 0
         self._logs: list[tuple[Any, list[Tensor]]] = []  # native objects with their parameters, the last one in use
@@ -105,10 +107,22 @@ class DeviceUpdate(FusedUpdate):
         census = (int(nan), int(inf), int(first), absmax, squares)
         return self._before + int(step), outcome, census, parameter, scale
 
-    def _prepare(self, optimizer: torch.optim.Optimizer, created: list[tuple[Tensor, list[str]]]) -> None:
+    def _new(self) -> Any:
+        return None
+
+    def _call(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
+        return self._native.step(optimizer.param_groups, optimizer.state, *arguments)
+
+    def _prepare(self, optimizer: torch.optim.Optimizer, created: list[tuple[Tensor, list[str]]]) -> bool:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ArgumentError(f"{type(optimizer).__name__}: take a step before a CUDA graph captures one")
-        super()._prepare(optimizer, created)
+        rows = list(self._rows(optimizer, created))
+        self.parameters = [row.parameter for row in rows]
+        groups = [group["params"] for group in optimizer.param_groups]
+        # A low-precision copy of a parameter is the op's to make.
+        native = [(row.parameter, row.group, row.state, *row.names, None, row.fresh) for row in rows]
+        self._native = _C.DeviceUpdate(self.kind, native, groups, optimizer.state) if rows else None
+        return bool(rows)
 
 
 def _on(device: torch.device, number: Tensor | float | None) -> Tensor | None:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import optimizer as _torch
 
 from mlpkit.guard import census
-from mlpkit.guard.culprit import parameter_names
 from mlpkit.guard.headroom import AbsmaxHistory
 from mlpkit.guard.update import FusedUpdate, as_torch_now, why_not
 
@@ -19,13 +18,11 @@ from mlpkit.guard.update import FusedUpdate, as_torch_now, why_not
 class DirectUpdate:
     """Takes good steps; of any other it changes nothing, and leaves it to be looked at with all the means there are."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
         self._update: FusedUpdate | None = None
         self._reason: str | None = None
         self._scale = torch.ones(())
-        self._names: list[str] = []
-        self._named: list[Tensor] = []
 
     def take(
         self,
@@ -66,7 +63,7 @@ class DirectUpdate:
         if not outcome.taken:
             return None
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks at
-        absmax.add_finite(self._names_of(update), [row[3] for row in update.census()], scale)
+        absmax.add(update.absmax(), scale)
         return outcome.norm
 
     def force(self) -> None:
@@ -82,10 +79,3 @@ class DirectUpdate:
             or _torch._global_optimizer_pre_hooks
             or _torch._global_optimizer_post_hooks
         )
-
-    def _names_of(self, update: FusedUpdate) -> list[str]:
-        if self._named is not update.parameters:
-            names = parameter_names(self._model)
-            self._named = update.parameters
-            self._names = [names[id(parameter)] for parameter in update.parameters]
-        return self._names

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import OptState
+from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
-from mlpkit._events import announce
-from mlpkit.errors import ArgumentError, DtypeError
+from mlpkit.errors import ArgumentError
 from mlpkit.guard import headroom
 from mlpkit.guard.aftermath import Follower
-from mlpkit.guard.attempt import Attempt, Verdict, dense, fused_update
-from mlpkit.guard.census import first_bad, local
+from mlpkit.guard.attempt import MAY_OVERFLOW, Attempt, Verdict, fused_update
+from mlpkit.guard.census import Readings
 from mlpkit.guard.checks import check_settings
-from mlpkit.guard.culprit import bad_state, bad_state_error, names_or_places, parameter_names
+from mlpkit.guard.culprit import names_or_places, parameter_names
 from mlpkit.guard.gate import Gate
 from mlpkit.guard.history import History
 from mlpkit.guard.policy import Policy
@@ -29,21 +30,11 @@ from mlpkit.guard.ranks import Ranks, unwrapped
 from mlpkit.guard.record import SkipRecord
 from mlpkit.guard.scale import ScaleChange, check_rule, check_scale
 from mlpkit.guard.scaled_losses import ScaledLosses
-from mlpkit.guard.state import OptimizerCopy, parameters_of, state_of
-from mlpkit.guard.update import FusedUpdate
+from mlpkit.guard.scaled_optimizer import ScaledOptimizer
+from mlpkit.guard.scaler_record import Skip, refuse_bad_state
+from mlpkit.guard.state import parameters_of
 
 _OWNER = "GradScaler"
-
-
-@dataclass
-class _Optimizer:
-    """What is kept for one optimizer from step to step."""
-
-    saved: OptimizerCopy
-    absmax: headroom.AbsmaxHistory = field(default_factory=headroom.AbsmaxHistory)
-    names: dict[int, str] = field(default_factory=dict)
-    unscaled_by_caller: bool = False
-    fused: FusedUpdate | None = None
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -110,12 +101,12 @@ class GradScaler(torch.amp.GradScaler):
         self._iteration: list[SkipRecord] = []
         self._backs_off = False  # a skip of this iteration asks for a lower scale
         self._losses = ScaledLosses()
-        self._optimizers: weakref.WeakKeyDictionary[Any, _Optimizer] = weakref.WeakKeyDictionary()
+        self._optimizers: weakref.WeakKeyDictionary[Any, ScaledOptimizer] = weakref.WeakKeyDictionary()
         self._gate: Gate | None = None
         self._names: dict[int, str] = {}
         self._ranks: Ranks | None = None
-        self._absmax: headroom.AbsmaxHistory | None = None
-        self._norm: Tensor | None = None
+        self._unscaled: weakref.ref[Any] | None = None  # the last optimizer that was
+        self._norm: Tensor | float | None = None
         self._known: float | None = None  # the scale, as it was last read
         self._clean_steps = 0  # the growth tracker's value, known without reading it
         if model is not None and self._enabled:
@@ -146,7 +137,12 @@ class GradScaler(torch.amp.GradScaler):
     @property
     def headroom(self) -> dict[str, float]:
         """Bits between each gradient of the last step, scaled, and float16's largest number, by name. Syncs."""
-        return self._absmax.headroom(torch.float16) if self._absmax else {}
+        optimizer = self._unscaled() if self._unscaled is not None else None
+        if optimizer is None:
+            return {}
+        names = names_or_places(optimizer, self._names)
+        places = [names[id(parameter)] for parameter in parameters_of(optimizer)]
+        return self._kept(optimizer).absmax.headroom(places, torch.float16)
 
     # The loop's calls, in its order.
 
@@ -175,6 +171,8 @@ class GradScaler(torch.amp.GradScaler):
         self._check_scale_growth_tracker("step")
         self._warn_once()
         try:
+            if not (args or kwargs) and self._taken_quickly(optimizer):
+                return None
             check_settings(optimizer, _OWNER)
             if _scales_itself(optimizer):
                 if self._stage(optimizer) is OptState.READY:
@@ -195,6 +193,8 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return
         scale, tracker = self._check_scale_growth_tracker("update")
+        if new_scale is None and not self._iteration and self._on_cpu:
+            return self._update_clean(scale, tracker)
         if isinstance(new_scale, float) or _readable(new_scale):
             self._widen(check_scale(f"{_OWNER}.update: new_scale", float(new_scale)))
         before = self.get_scale() if self._known is None else self._known
@@ -218,7 +218,56 @@ class GradScaler(torch.amp.GradScaler):
         self._changed(before, self._known)
         self._finish(before, skips)
 
+    def _update_clean(self, scale: Tensor, tracker: Tensor) -> None:
+        """``update`` of an iteration without skips whose scale is read for nothing: torch's, in fewer words."""
+        flags = [
+            flag for state in self._per_optimizer_states.values() for flag in state["found_inf_per_device"].values()
+        ]
+        if len(flags) != 1:
+            flags = [torch.stack([flag.to(scale) for flag in flags]).sum()] if flags else []
+        if not flags:
+            raise AssertionError("No inf checks were recorded prior to update.")
+        before = scale.item()
+        rule = (self._growth_factor, self._backoff_factor, self._growth_interval)
+        torch._amp_update_scale_(scale, tracker, flags[0].to(scale), *rule)
+        self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+        after = scale.item()
+        if not self._floor <= after <= self._ceiling:
+            after = scale.clamp_(self._floor, self._ceiling).item()
+        self._known, self._backs_off = after, False
+        self._changed(before, after)
+        self._finish(before, [])
+
     # What is behind them.
+
+    def _taken_quickly(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the step was good, and has been taken by one native call; if not, only gradients were unscaled."""
+        kept, alone = self._optimizers.get(optimizer), self._ranks is None or self._ranks.alone
+        if kept is None or kept.fused is None or not alone or not self._on_cpu or self._scale is None:
+            return False
+        ready = self._stage(optimizer) is OptState.READY
+        state = self._per_optimizer_states[id(optimizer)]
+        if not ready and any(flag.item() for flag in state["found_inf_per_device"].values()):
+            return False
+        if not all(math.isfinite(loss.item()) for loss in self._losses.step()) or not self._buffers_are_good():
+            return False
+        if not ready and (kept.largest is None or kept.largest > MAY_OVERFLOW):
+            return False  # whether the caller has clipped everything away is to be seen
+        taken = kept.take(optimizer, self._scale, state, ready)
+        if state["found_inf_per_device"]:
+            state["stage"] = OptState.STEPPED if taken else OptState.UNSCALED
+            self._unscaled = weakref.ref(optimizer)
+        if ready:
+            kept.unscaled_by_caller = False
+        self._norm = kept.norm if taken and self.history is not None else None
+        return taken
+
+    def _buffers_are_good(self) -> bool:
+        if self._gate is None or not self._gate.open:
+            return True
+        readings = Readings()
+        readings.add_norms(self._gate.buffers.checked(_OWNER))
+        return not readings.exceeded()
 
     def _step(self, optimizer: torch.optim.Optimizer, update: Callable[[], Any], *, plain: bool) -> float | None:
         if self._stage(optimizer) is OptState.READY:
@@ -253,8 +302,7 @@ class GradScaler(torch.amp.GradScaler):
     def _attempt(
         self, optimizer: torch.optim.Optimizer, update: Callable[[], Any], *, may_fuse: bool = False
     ) -> float | None:
-        kept = self._kept(optimizer)
-        names = self._names_in(optimizer, kept)
+        kept, names = self._kept(optimizer), names_or_places(optimizer, self._names)
         attempt = Attempt(optimizer, update, names, kept.saved, self._ranks, self._losses.step())
         attempt.found = list(self._found_inf_per_device(optimizer).values())
         if kept.unscaled_by_caller:
@@ -272,7 +320,7 @@ class GradScaler(torch.amp.GradScaler):
             return value
         if gate is not None:
             gate.buffers.restore()
-        self._refuse_bad_state(optimizer, names)
+        refuse_bad_state(_OWNER, optimizer, names, self._gate, self._ranks)
         found = any(bool(flag) for flag in attempt.found)
         record = self._record(verdict, optimizer, kept, found)
         # Scales move by the record's nature, and must stay equal: the guilty rank's word holds on all.
@@ -283,64 +331,24 @@ class GradScaler(torch.amp.GradScaler):
         self.records.append(record)
         return None
 
-    def _refuse_bad_state(self, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> None:
-        parameters = ((names[id(parameter)], parameter) for parameter in parameters_of(optimizer))
-        found = bad_state(parameters, state_of(optimizer, names), self._gate.buffers if self._gate else None)
-        found = self._ranks.common(found) if self._ranks else found
-        if found:
-            raise bad_state_error(_OWNER, *found)
-
-    def _record(self, verdict: Verdict, optimizer: torch.optim.Optimizer, kept: _Optimizer, found: bool) -> SkipRecord:
-        where, finding = verdict
-        culprit, note, scale = finding.name, "", self.get_scale()
-        bad_loss = first_bad(("loss", loss) for loss in self._losses.suspects())
-        if bad_loss and where in ("gradient", "loss"):
-            if self._gate is not None and self._ranks is not None and self._ranks.alone:
-                place, name, origin, note = self._gate.culprit(bad_loss)
-                if place != "loss":
-                    where, culprit, finding = place, name, origin
-            if where == "gradient":
-                note = f"The loss itself was not finite: no scale can help. {note}".strip()
-        elif where == "norm":
-            note = "Clipping by it made every gradient zero."
-        elif where == "gradient" and scale <= self._floor:
-            note = "The scale is at its floor: these gradients overflow without its help."
-        # What went bad after it was unscaled is not the scale's doing, as nothing is of a scale at its floor.
-        beyond_scale = scale <= self._floor or not found
-        nature = headroom.nature("loss" if bad_loss and where == "gradient" else where, scale, beyond_scale)
-        event = announce("skip", step=self.steps)
-        saved = len(parameters_of(optimizer))
-        announce("step", step=self.steps, skipped=True, culprit=culprit, scale=scale, parameters=saved)
-        return SkipRecord.of(
-            finding,
-            step=self.steps,
-            where=where,
-            parameters=saved,
-            scale=scale,
-            loss=self._losses.worst(),
-            culprit=culprit,
-            note=note,
-            nature=nature,
-            absmax=kept.absmax.of(culprit),
-            rank=self._ranks.guilty if self._ranks else None,
-            module=event.get("module"),
-            op=event.get("op"),
-            cause=event.get("cause"),
-        )
+    def _record(
+        self, verdict: Verdict, optimizer: torch.optim.Optimizer, kept: ScaledOptimizer, found: bool
+    ) -> SkipRecord:
+        skip = Skip(verdict, self.steps, self.get_scale(), self.get_scale() <= self._floor, found)
+        record = skip.record(self._losses, self._gate, self._ranks, len(parameters_of(optimizer)))
+        return replace(record, absmax=kept.absmax.of(kept.place(optimizer, record.culprit, self._names)))
 
     def _unscale(self, optimizer: torch.optim.Optimizer, *, by_caller: bool) -> None:
         if self._enabled and self._stage(optimizer) is OptState.READY and self._scale is not None:
             kept = self._kept(optimizer)
-            names = self._names_in(optimizer, kept)
-            pairs = [(p, dense(local(p.grad))) for p in parameters_of(optimizer) if p.grad is not None]
-            for parameter, gradient in pairs:
-                if gradient.is_complex():
-                    raise DtypeError(
-                        f"{_OWNER}: the gradient of {names[id(parameter)]} is complex, which cannot be guarded"
-                    )
-            kept.absmax.add([names[id(p)] for p, _ in pairs], [gradient for _, gradient in pairs], self._scale)
             kept.unscaled_by_caller = by_caller
-            self._absmax = kept.absmax
+            self._unscaled = weakref.ref(optimizer)
+            flags = kept.unscale(optimizer, self._scale)
+            if flags is not None:
+                state = self._per_optimizer_states[id(optimizer)]
+                state["found_inf_per_device"], state["stage"] = flags, OptState.UNSCALED
+                return
+            kept.look(optimizer, self._scale, self._names)
         super().unscale_(optimizer)
 
     def _stage(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -350,15 +358,11 @@ class GradScaler(torch.amp.GradScaler):
             else OptState.READY
         )
 
-    def _kept(self, optimizer: torch.optim.Optimizer) -> _Optimizer:
-        if optimizer not in self._optimizers:
-            self._optimizers[optimizer] = _Optimizer(OptimizerCopy(optimizer))
-        return self._optimizers[optimizer]
-
-    def _names_in(self, optimizer: torch.optim.Optimizer, kept: _Optimizer) -> dict[int, str]:
-        if kept.names.keys() != {id(parameter) for parameter in parameters_of(optimizer)}:
-            kept.names = names_or_places(optimizer, self._names)
-        return kept.names
+    def _kept(self, optimizer: torch.optim.Optimizer) -> ScaledOptimizer:
+        kept = self._optimizers.get(optimizer)
+        if kept is None:
+            kept = self._optimizers[optimizer] = ScaledOptimizer(optimizer)
+        return kept
 
     def _warn_once(self) -> None:
         if self._gate is None and not self._warned:
@@ -391,7 +395,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state.update(_optimizers=None, _gate=None, _names={}, _ranks=None, _absmax=None, _norm=None)
+        state.update(_optimizers=None, _gate=None, _names={}, _ranks=None, _unscaled=None, _norm=None)
         state.update(_losses=ScaledLosses())
         return state
 

@@ -13,28 +13,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import mlpkit._ext  # noqa: F401 - loading the extension registers the census operator
+from mlpkit._ext import _C
 
 LENGTH = 8
 _COUNTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def absmax(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The largest magnitude of each tensor and whether it holds Inf or NaN, 1-dim; float64 and bool. No sync.
+def absmax(gradients: Sequence[Tensor | None]) -> Tensor:
+    """The largest magnitude of each, 1-dim: Inf where one holds Inf or NaN, NaN where there is None. No sync.
 
-    On the CPU the magnitude is that of the finite part.
+    float32, or float64 where one of them is that.
     """
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
-    if all(tensor.device.type == "cpu" and tensor.dtype in _COUNTED for tensor in tensors):
-        counts, extremes, _ = torch.ops.mlpkit.census([tensor.detach() for tensor in tensors], False)
-        return extremes[:, 0], counts[:, :3].any(1)
+    present = [gradient.detach() for gradient in gradients if gradient is not None]
+    if all(gradient.device.type == "cpu" and gradient.dtype in _COUNTED for gradient in present):
+        values: Tensor = _C.absmax(list(gradients))
+        return values
     # An empty tensor has no largest element, and stays out; tensors of a split model come to the first one's device.
-    zero = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-    held = [tensor.detach() for tensor in tensors if tensor.numel()]
+    wide = any(gradient.dtype == torch.float64 for gradient in present)
+    zero = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=present[0].device)
+    held = [gradient for gradient in present if gradient.numel()]
     found = iter(torch._foreach_norm(held, math.inf) if held else ())
-    norms = torch.stack([next(found).to(zero) if tensor.numel() else zero for tensor in tensors])
-    return norms, torch.isfinite(norms).logical_not()
+    norms = torch.stack([next(found).to(zero) if gradient.numel() else zero for gradient in present])
+    norms = norms.nan_to_num(nan=math.inf, posinf=math.inf)
+    if len(present) == len(gradients):
+        return norms
+    rest = iter(norms.unbind())
+    return torch.stack([zero + math.nan if gradient is None else next(rest) for gradient in gradients])
 
 
 def bits(value: float, dtype: torch.dtype) -> float:
@@ -51,45 +55,44 @@ def least(headroom: dict[str, float]) -> float | None:
 
 
 class _Row(NamedTuple):
-    names: list[str]
     values: Tensor
-    bad: Tensor
     scale: Tensor | float
-
-    def floats(self) -> list[float]:
-        return [math.inf if bad else value for value, bad in zip(self.values.tolist(), self.bad.tolist())]
 
 
 class AbsmaxHistory:
-    """The absmax of every gradient in the last steps, scaled as it was; kept on the device until somebody asks."""
+    """The absmax of every gradient in the last steps, scaled as it was; kept on the device until somebody asks.
+
+    Gradients are told by their parameter's place among all of an optimizer's: names are the asker's, and not kept.
+    """
 
     def __init__(self, length: int = LENGTH) -> None:
         self._rows: deque[_Row] = deque(maxlen=length)
 
-    def add(self, names: list[str], gradients: Sequence[Tensor], scale: Tensor | float) -> None:
-        """Remember one step's gradients, as they were computed under this loss scale."""
-        self._rows.append(_Row(names, *absmax(gradients), scale.clone() if isinstance(scale, Tensor) else scale))
-
-    def add_finite(self, names: list[str], values: list[float], scale: float) -> None:
-        """Remember gradients that are known to be finite by their absmax."""
-        self._rows.append(
-            _Row(names, torch.tensor(values, dtype=torch.float64), torch.zeros(len(values), dtype=torch.bool), scale)
-        )
+    def add(self, values: Tensor, scale: Tensor | float) -> None:
+        """Remember one step's ``absmax`` of all parameters' gradients, as they were computed under this loss scale."""
+        self._rows.append(_Row(values, scale.clone() if isinstance(scale, Tensor) else scale))
 
     def last(self) -> Tensor:
-        """The last step's values, unscaled. No sync."""
-        return self._rows[-1].values / self._rows[-1].scale
+        """The largest of the last step, unscaled, 0-dim. No sync."""
+        row = self._rows[-1]
+        return row.values.nan_to_num(nan=0.0, posinf=math.inf).amax() / row.scale
 
-    def of(self, name: str) -> tuple[float, ...]:
+    def of(self, place: int | None) -> tuple[float, ...]:
         """This gradient's values, oldest first, the last step's at the end; Inf where it held Inf or NaN. Syncs."""
-        return tuple(row.floats()[row.names.index(name)] for row in self._rows if name in row.names)
+        if place is None:
+            return ()
+        values = [float(row.values[place]) for row in self._rows if place < len(row.values)]
+        return tuple(value for value in values if not math.isnan(value))
 
-    def headroom(self, dtype: torch.dtype) -> dict[str, float]:
-        """Bits below the dtype's limit of each gradient at the last step, NaN where it held Inf or NaN. Syncs."""
+    def headroom(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, float]:
+        """Bits below the dtype's limit of each gradient at the last step, NaN where it held Inf or NaN. Syncs.
+
+        names: of all parameters, in the optimizer's order.
+        """
         if not self._rows:
             return {}
-        row = self._rows[-1]
-        return {name: bits(value, dtype) for name, value in zip(row.names, row.floats())}
+        values = self._rows[-1].values.tolist()
+        return {name: bits(value, dtype) for name, value in zip(names, values) if not math.isnan(value)}
 
 
 def nature(where: str, scale: float, at_floor: bool) -> str:

@@ -18,6 +18,7 @@ from mlpkit.guard.census import Finding
 from mlpkit.guard.checks import check_settings
 from mlpkit.guard.device import DeviceUpdate, Queued
 from mlpkit.guard.record import SkipRecord
+from mlpkit.guard.state import parameters_of
 from mlpkit.guard.update import DeviceScale, FusedUpdate, Outcome
 from mlpkit.ops.guarded_update import Reason
 
@@ -162,7 +163,7 @@ class _Guarded(torch.optim.Optimizer):
             raise ArgumentError(f"{type(self).__name__}: a setting of a parameter group is Inf or NaN")
         used = scale.value if scale is not None else self.__dict__.get("grad_scale")
         row = update.census()[outcome.row] if outcome.row >= 0 else (0, 0, -1, 0.0, 0.0)
-        parameter = update.parameters[outcome.row] if outcome.row >= 0 else None
+        parameter = parameters_of(self)[outcome.row] if outcome.row >= 0 else None
         number = self.__dict__["_steps"] - 1
         self.records.append(self._recorded(number, outcome, row, parameter, 1.0 if used is None else float(used)))
 

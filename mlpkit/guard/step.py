@@ -15,6 +15,7 @@ from mlpkit._events import announce, listened_to
 from mlpkit.errors import ArgumentError
 from mlpkit.guard import checks, headroom
 from mlpkit.guard.aftermath import Aftermath
+from mlpkit.guard.culprit import parameter_names
 from mlpkit.guard.decision import Decision
 from mlpkit.guard.history import History
 from mlpkit.guard.losses import Loss, describe, own_loss, resolve
@@ -151,7 +152,7 @@ class TrainStep:
     @property
     def headroom(self) -> dict[str, float]:
         """Bits between each gradient of the last general step, scaled, and its dtype's largest number. Syncs."""
-        return self._absmax.headroom(checks.PRECISIONS[self.precision] or torch.float32)
+        return self._absmax.headroom(self._parameter_names(), checks.PRECISIONS[self.precision] or torch.float32)
 
     @property
     def scale(self) -> float:
@@ -201,6 +202,10 @@ class TrainStep:
         if len(self._batches) == self.accumulate:
             self._finish()
         return result
+
+    def _parameter_names(self) -> list[str]:
+        names = parameter_names(self._inner)
+        return [names[id(parameter)] for parameter in parameters_of(self.optimizer)]
 
     def _check_call(self, target: Any) -> None:
         if self._loss is None and target is not None:

@@ -6,6 +6,7 @@ The optimizer's own objects stay the truth: state lies where torch would put it,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class DeviceScale:
 
 
 class Outcome(NamedTuple):
-    """What an update did, by name as in ``mlpkit.ops.guarded_update.Outcome``; ``row`` counts parameters with state."""
+    """What an update did, by name as in ``mlpkit.ops.guarded_update.Outcome``; ``row`` counts all parameters."""
 
     taken: bool
     reason: int
@@ -60,6 +61,18 @@ class Outcome(NamedTuple):
     factor: float
     row: int
     rows: int
+    unscaled: bool = False  # the gradients themselves, in place
+
+
+class Row(NamedTuple):
+    """A parameter among all of an optimizer, with its group, its state and torch's names of what is in that."""
+
+    parameter: Tensor
+    place: int
+    group: int
+    state: dict[str, Any]
+    names: tuple[str | None, ...]
+    fresh: bool  # whether its momentum buffer is empty
 
 
 _NOTHING = Outcome(True, int(Reason.TAKEN), 0.0, 1.0, -1, 0)
@@ -106,18 +119,9 @@ def _why_not_torch(optimizer: Any) -> str | None:
 
 def as_torch_now(optimizer: Any) -> bool:
     """Whether nothing of this moment asks that a step be made by torch's own optimizer in person."""
-    attributes = vars(optimizer)
-    if attributes.get("grad_scale") is not None or attributes.get("found_inf") is not None:
+    if torch._C._len_torch_function_stack() and watching_functions():
         return False
-    if _replaced(optimizer) or torch._C._len_torch_dispatch_stack() or _C.observed() or watching_functions():
-        return False
-    for group in optimizer.param_groups:
-        # A rate that is a tensor takes part in torch's arithmetic as one.
-        if not (isinstance(group["lr"], (float, int)) and isinstance(group["weight_decay"], (float, int))):
-            return False
-        if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
-            return False
-    return True
+    return bool(_C.as_torch_now(vars(optimizer), optimizer.param_groups))
 
 
 class FusedUpdate:
@@ -132,18 +136,19 @@ class FusedUpdate:
         own = getattr(optimizer, "guarded_kind", None)
         self.kind: str = own or _TORCH[type(optimizer)]
         self.torch = own is None  # every bit is then that of torch's own step
-        self._native: Any = None
-        self._last: Any = None  # made the last step
-        self.parameters: list[Tensor] = []  # by row: those that have a gradient or state
+        self.prepared = False  # whether the next step can go on where the last one ended
+        self._native = self._new()
+
+    def _new(self) -> Any:
+        return _C.HostUpdate(self.kind)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is of another optimizer, and looks at it anew."""
-        return {**self.__dict__, "_native": None, "_last": None, "parameters": []}
+        return {**self.__dict__, "_native": None, "prepared": False}
 
-    @property
-    def prepared(self) -> bool:
-        """Whether the next step can go on where this one ended."""
-        return self._native is not None
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._native = self._new()
 
     def step(
         self,
@@ -154,20 +159,24 @@ class FusedUpdate:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         force: bool = False,
+        unscale: bool = False,
     ) -> Outcome:
-        """Update, or don't. grad_scale: a fixed scale in place of ``scale``; found_inf: not 0 forbids the step."""
+        """Update, or don't. grad_scale: a fixed scale in place of ``scale``; found_inf: not 0 forbids the step.
+
+        unscale: the gradients are unscaled in place, whatever becomes of the step.
+        """
         value, clean, rule = grad_scale, None, None
         if scale is not None:
             value, clean, rule = scale.value, scale.clean_steps, scale.numbers
         created: list[tuple[Tensor, list[str]]] = []
         outcome = self._made(
-            optimizer, created, clip_norm, _as_tensor(value), clean, _as_tensor(found_inf), rule, force
+            optimizer, created, clip_norm, _as_tensor(value), clean, _as_tensor(found_inf), rule, force, unscale
         )
         if outcome is None:
             return _NOTHING
         if created and not outcome[0]:
             _forget(optimizer, created)
-            self._native = None
+            self.prepared = False
         return Outcome(*outcome)
 
     def _made(
@@ -176,12 +185,12 @@ class FusedUpdate:
         """What the native call says of the step; None where there is nothing to update."""
         outcome: tuple[Any, ...] | None = None
         try:
-            if self._native is not None:
+            if self.prepared:
                 outcome = self._call(optimizer, *options)
             if outcome is None:
-                self._prepare(optimizer, created)
-                if not self.parameters:
+                if not self._prepare(optimizer, created):
                     return None
+                self.prepared = True
                 outcome = self._call(optimizer, *options)
             if outcome is None:
                 raise ArgumentError(
@@ -189,23 +198,38 @@ class FusedUpdate:
                 )
         except BaseException:
             _forget(optimizer, created)
-            self._native = None
+            self.prepared = False
             raise
-        self._last = self._native
         return outcome
 
     def census(self) -> list[tuple[int, int, int, float, float]]:
-        """Of each parameter's gradient in the last step, scaled: NaN, Inf, first of them, absmax, sum of squares."""
-        found: list[tuple[int, int, int, float, float]] = self._last.census() if self._last else []
+        """NaN, Inf, first of them, absmax and sum of squares of each parameter's gradient, as the last step saw them;
+        empty where that was taken.
+        """
+        found: list[tuple[int, int, int, float, float]] = self._native.census()
         return found
+
+    def absmax(self) -> Tensor:
+        """Of each parameter's gradient in the last step as it came, 1-dim: Inf where bad, NaN where there was none."""
+        values: Tensor = self._native.absmax()
+        return values
+
+    def bytes(self) -> int:
+        """What is kept between steps, beside the last ``absmax``."""
+        return int(self._native.bytes())
 
     def _call(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
         return self._native.step(optimizer.param_groups, optimizer.state, *arguments, self.torch)
 
-    def _prepare(self, optimizer: torch.optim.Optimizer, created: list[tuple[Tensor, list[str]]]) -> None:
-        """Look at everything anew, and make the state that is not there yet; ``created`` gets what was made."""
-        rows = []
-        self.parameters = []
+    def _prepare(self, optimizer: torch.optim.Optimizer, created: list[tuple[Tensor, list[str]]]) -> bool:
+        """Make the state that is not there yet; whether there is anything to update. ``created`` gets what was made."""
+        rows = list(self._rows(optimizer, created))
+        self._native.prepared([row.place for row in rows if row.fresh])
+        return bool(rows)
+
+    def _rows(self, optimizer: torch.optim.Optimizer, created: list[tuple[Tensor, list[str]]]) -> Iterator[Row]:
+        """Of all parameters that have a gradient or state, which is made where it is missing."""
+        place = -1
         for index, group in enumerate(optimizer.param_groups):
             if self.kind == "adam" and group.get("decoupled_weight_decay"):
                 raise ArgumentError(
@@ -213,6 +237,7 @@ class FusedUpdate:
                 )
             names = _names(self.kind, group)
             for position, parameter in enumerate(group["params"]):
+                place += 1
                 known = parameter in optimizer.state and len(optimizer.state[parameter]) > 0
                 if parameter.grad is None and not known:
                     continue
@@ -222,12 +247,15 @@ class FusedUpdate:
                 made = _fill(self.kind, group, parameter, state, names)
                 if made:
                     created.append((parameter, made))
+                for name in filter(None, names):
+                    if not isinstance(state[name], Tensor):
+                        raise DtypeError(
+                            f"{type(optimizer).__name__}: {name} of the state is {state[name]!r}; it must be a tensor"
+                        )
                 fresh = names[0] in made and self.kind in ("sgd", "lars")
-                present = [name if name in state else None for name in names]
-                rows.append((parameter, index, state, *present, None, fresh))
-                self.parameters.append(parameter)
-        groups = [group["params"] for group in optimizer.param_groups]
-        self._native = _C.OptimizerUpdate(self.kind, rows, groups, optimizer.state) if rows else None
+                yield Row(
+                    parameter, place, index, state, tuple(name if name in state else None for name in names), fresh
+                )
 
 
 def _as_tensor(number: Tensor | float | None) -> Tensor | None:

@@ -242,6 +242,14 @@ void census_once(Dtype dtype, int64_t count, Real planted, Draw& draw, Report& r
   report.that("absmax", count, ours.absmax == largest);
   report.near("squares", count, ours.sum_of_squares, squares, 0x1p-45L * squares);
   if (!nan) report.that("negative", count, ours.negative == (count && planted < 0));
+  std::vector<Real> before;
+  for (int64_t i = 0; i < count; ++i) before.push_back(x.get(i));
+  mlpkit::RangeCensus again;
+  mlpkit::cpu::census_of_range({dtype, x.data(), count, 0.5, &again, x.data(), 0.25});
+  const bool same = again.nan == nan && again.inf == inf && again.first == ours.first && again.absmax == ours.absmax;
+  report.that("census on the way", count, same);
+  for (int64_t i = 0; i < count; ++i)
+    if (std::isfinite(before[i])) report.near("product", count, x.get(i), before[i] / 4, 0x1p-25L);
 }
 
 void census_of_range(Report& report) {
