@@ -1,20 +1,18 @@
 """Tuning against its rivals, in process CPU time of one thread: throughput, quality, honesty of the score, the page.
 
-python benchmarks/tuning.py throughput quality honest page housing [--housing FILE] [--runs 60] [--out FILE]
+python benchmarks/tuning.py throughput page quality honest housing target [--housing FILE] [--out FILE]
 
-Rivals that are not installed (lightgbm, pytabkit) are left out and named.
+What was done is written down as it is done, and not done again on the same commit with the same settings. Rivals that
+are not installed (lightgbm, pytabkit) are left out and named.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sklearn.datasets import make_friedman1, make_moons
-from sklearn.model_selection import train_test_split
+from sklearn.datasets import make_moons
 from sklearn.preprocessing import StandardScaler
-from tuning_data import development, environment, linear_classes, linear_numbers
-from tuning_rivals import RIVALS, optuna_and_pytorch, scikit_mlp, score_of
+from tuning_data import development
+from tuning_quality import honest, housing, quality, timed
+from tuning_results import Part
+from tuning_rivals import optuna_and_pytorch, scikit_mlp
+from tuning_target import target
 
 from mlpkit.tune import Run, tune
 from mlpkit.tune.spec import Spec
@@ -36,44 +36,43 @@ from mlpkit.tune.trainer import FoldData, Split, train_members
 EPOCHS = 30
 
 
-def timed(call: Callable[..., Any], *given: Any) -> tuple[float, Any]:
-    """(CPU seconds of this process, what the call returned)."""
-    start = time.process_time()
-    found = call(*given)
-    return time.process_time() - start, found
-
-
 # Throughput
 
 
-def throughput(options: argparse.Namespace) -> dict[str, Any]:
+RIVAL_LOOPS = {"optuna + pytorch": optuna_and_pytorch, "scikit-learn": scikit_mlp}
+
+
+def throughput(options: argparse.Namespace) -> None:
     """Trials per CPU-minute on the same configurations: 30 epochs; medians of the ratios of interleaved rounds."""
+    settings = {name: getattr(options, name) for name in ("trials", "rival_trials", "rounds")}
+    part = Part(options.out, "throughput", settings)
     tables = development()
-    found: dict[str, Any] = {}
-    for name in ("digits", "breast_cancer", "wine", "diabetes", "friedman1", "moons"):
-        data = _split_of(*tables[name])
-        specs = _configurations(options.trials)
-        classes = int(data.train.y.max()) + 1 if data.train.y.dtype == torch.int64 else 0
-        ratios: dict[str, list[float]] = {"optuna + pytorch": [], "scikit-learn": []}
-        seconds = []
-        for _ in range(options.rounds):
-            own, _ = timed(train_members, specs, [data], classes)
-            some = specs[:: max(1, len(specs) // options.rival_trials)]
-            scale = len(specs) / len(some)
-            for rival, call in (("optuna + pytorch", optuna_and_pytorch), ("scikit-learn", scikit_mlp)):
-                ratios[rival].append(scale * timed(call, some, data, classes)[0] / own)
-            seconds.append(own)
-        found[name] = {
-            "trials_per_cpu_minute": 60 * len(specs) / statistics.median(seconds),
-            "ratio": {rival: statistics.median(values) for rival, values in ratios.items()},
-        }
-        print(name, found[name], flush=True)
-    means = {
-        rival: statistics.geometric_mean([item["ratio"][rival] for item in found.values()])
-        for rival in ("optuna + pytorch", "scikit-learn")
+    names = ("digits", "breast_cancer", "wine", "diabetes", "friedman1", "moons")
+    found = {name: part.piece(name, _throughput, tables[name], options) for name in names}
+    means = {rival: statistics.geometric_mean([own["ratio"][rival] for own in found.values()]) for rival in RIVAL_LOOPS}
+    part.summary({"geometric_mean": means})
+    print("throughput, geometric means of the ratios:", means, flush=True)
+
+
+def _throughput(table: Any, options: argparse.Namespace) -> dict[str, Any]:
+    data, specs = _split_of(*table), _configurations(options.trials)
+    classes = int(data.train.y.max()) + 1 if data.train.y.dtype == torch.int64 else 0
+    some = specs[:: max(1, len(specs) // options.rival_trials)]
+    ratios: dict[str, list[float]] = {rival: [] for rival in RIVAL_LOOPS}
+    seconds = []
+    for _ in range(options.rounds):
+        # The engine trains all of them, a rival every few: its time is scaled by how many these are.
+        own, _ = timed(train_members, specs, [data], classes)
+        for rival, call in RIVAL_LOOPS.items():
+            ratios[rival].append(len(specs) / len(some) * timed(call, some, data, classes)[0] / own)
+        seconds.append(own)
+    found = {
+        "trials_per_cpu_minute": 60 * len(specs) / statistics.median(seconds),
+        "ratio": {rival: statistics.median(values) for rival, values in ratios.items()},
+        "lowest": {rival: min(values) for rival, values in ratios.items()},
     }
-    print("geometric means:", means)
-    return {"tables": found, "geometric_mean": means, "trials": options.trials, "rounds": options.rounds}
+    print("throughput", found, flush=True)
+    return found
 
 
 def _configurations(count: int) -> list[Spec]:
@@ -96,151 +95,56 @@ def _split_of(X: Any, y: Any) -> FoldData:
     return FoldData(*(Split(x[rows], target[rows]) for rows in parts))
 
 
-# Quality
-
-
-def quality(options: argparse.Namespace) -> dict[str, Any]:
-    """Test score and CPU seconds of one fit each, on the same 75 % of the rows; ranks are over all methods present."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    present, missing = RIVALS()
-    print("left out:", missing)
-    for name, (X, y) in development().items():
-        rows: dict[str, list[tuple[float, float]]] = {}
-        for seed in range(options.splits):
-            labels = y if len(np.unique(y)) <= 20 else None
-            parts = train_test_split(X, y, test_size=0.25, random_state=seed, stratify=labels)
-            for method, call in {"mlpkit": _mlpkit(options.budget), **present}.items():
-                X_train, X_test, y_train, y_test = parts
-                seconds, predict = timed(call, X_train, y_train, labels is not None, seed)
-                rows.setdefault(method, []).append((score_of(y_test, predict(X_test), labels is not None), seconds))
-        found[name] = {
-            method: {
-                "score": float(np.mean([item[0] for item in own])),
-                "cpu_seconds": float(np.mean([i[1] for i in own])),
-            }
-            for method, own in rows.items()
-        }
-        print(name, {m: (round(v["score"], 4), round(v["cpu_seconds"], 2)) for m, v in found[name].items()}, flush=True)
-    methods = list(next(iter(found.values())))
-    ranks = {m: float(np.mean([_rank(table, m) for table in found.values()])) for m in methods}
-    means = {m: float(np.mean([table[m]["score"] for table in found.values()])) for m in methods}
-    print("mean score:", means, "\naverage rank:", ranks)
-    return {
-        "tables": found, "mean_score": means, "average_rank": ranks, "left_out": missing, "splits": options.splits,
-        "budget": options.budget,
-    }  # fmt: skip
-
-
-def _mlpkit(budget: str) -> Callable[..., Callable[[Any], Any]]:
-    def fit(X: Any, y: Any, classes: bool, seed: int) -> Callable[[Any], Any]:
-        task = "classification" if classes else "regression"
-        return tune(X, y, budget=budget, random_state=seed, task=task, progress=False).estimator.predict
-
-    return fit
-
-
-def _rank(table: dict[str, dict[str, float]], method: str) -> float:
-    """1 is best; equals share a rank."""
-    own = table[method]["score"]
-    others = [item["score"] for name, item in table.items() if name != method]
-    return 1 + sum(score > own for score in others) + sum(score == own for score in others) / 2
-
-
-# Honesty
-
-
-def honest(options: argparse.Namespace) -> dict[str, Any]:
-    """The corrected score against a fresh test of 20,000 rows: its mean bias, and how often the interval holds it."""
-    found = {}
-    for name, draw in {
-        "accuracy, linear": lambda seed, rows: linear_classes(rows, 8, 0 if rows > 5000 else seed),
-        "accuracy, moons": lambda seed, rows: make_moons(rows, noise=0.35, random_state=seed),
-        "R2, linear": lambda seed, rows: linear_numbers(rows, 8, seed),
-        "R2, friedman1": lambda seed, rows: make_friedman1(rows, noise=2.0, random_state=seed),
-    }.items():
-        biases, raw, held = [], [], []
-        for seed in range(options.runs):
-            # One draw, cut in two: the law of a seed is the same on both sides.
-            X, y = draw(seed, 20_000)
-            rows = np.random.default_rng(seed).permutation(20_000)
-            train, fresh = rows[:200], rows[200:]
-            run = tune(X[train], y[train], budget=options.honest_budget, random_state=seed, progress=False)
-            assert run.estimate is not None
-            truth = run.estimator.score(X[fresh], y[fresh])
-            biases.append(run.estimate.score - truth)
-            raw.append(run.winner.mean - truth)
-            held.append(run.estimate.low <= truth <= run.estimate.high)
-        found[name] = {
-            "bias": float(np.mean(biases)), "bias_se": float(np.std(biases) / np.sqrt(len(biases))),
-            "raw_bias": float(np.mean(raw)), "coverage": float(np.mean(held)),
-        }  # fmt: skip
-        print(name, found[name], flush=True)
-    return {"problems": found, "runs": options.runs, "rows": 200, "budget": options.honest_budget}
-
-
 # Page
 
 
-def page(options: argparse.Namespace) -> dict[str, Any]:
-    """CPU seconds and megabytes of the report of a search over 12 parts with 1,000 trials."""
+def page(options: argparse.Namespace) -> None:
+    """CPU seconds and megabytes of the report of a search with 1,000 trials."""
+    part = Part(options.out, "page", {"trials": options.page_trials})
+    print("page", part.piece("moons", _page, options.page_trials), flush=True)
+
+
+def _page(trials: int) -> dict[str, Any]:
     X, y = make_moons(150, noise=0.3, random_state=0)
     space = {"epochs": 10, "lr": (1e-4, 1e-1)}
     run: Run = tune(
-        X, y, strategy="quasirandom", budget=f"{options.page_trials} trials", space=space, random_state=0, cv=3,
-        progress=False,
-    )  # fmt: skip
+        X, y, strategy="quasirandom", budget=f"{trials} trials", space=space, random_state=0, cv=3, progress=False
+    )
     seconds, path = timed(run.report, Path(tempfile.mkdtemp()) / "page.html")
-    size = path.stat().st_size / 1e6
-    print(f"page of {len(run.trials)} trials: {seconds:.2f} CPU-s, {size:.2f} MB")
-    return {"trials": len(run.trials), "parts": len(run.search.space.free()) if run.search else 0,
-            "cpu_seconds": seconds, "megabytes": size}  # fmt: skip
+    parts = len(run.search.space.free()) if run.search else 0
+    megabytes = path.stat().st_size / 1e6
+    return {"trials": len(run.trials), "parts": parts, "cpu_seconds": seconds, "megabytes": megabytes}
 
 
-# Housing
-
-
-def housing(options: argparse.Namespace) -> dict[str, Any]:
-    """RMSE on 20 % of California housing (in 100,000 dollars) after a budget, and the wall time it took."""
-    import pandas as pd
-
-    frame = pd.read_csv(options.housing)
-    target = frame.columns[-1]
-    train, test = train_test_split(frame, test_size=0.2, random_state=0)
-    start = time.perf_counter()
-    run = tune(train, target, budget=options.housing_budget, random_state=0, progress=False)
-    wall = time.perf_counter() - start
-    rmse = float(np.sqrt(np.mean((run.estimator.predict(test) - test[target]) ** 2)))
-    print(f"housing: RMSE {rmse:.4f}, {wall:.0f} s, {len(run.trials)} trials, winner {run.winner.name}")
-    return {"rmse": rmse, "wall_seconds": wall, "trials": len(run.trials), "winner": run.winner.name}
-
-
-PARTS = {"throughput": throughput, "quality": quality, "honest": honest, "page": page, "housing": housing}
+PARTS = {
+    "throughput": throughput, "page": page, "quality": quality, "honest": honest, "housing": housing, "target": target,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
-    parser.add_argument("--trials", type=int, default=64)
-    parser.add_argument("--rival-trials", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--splits", type=int, default=1)
-    parser.add_argument("--budget", default="20 cpu-s")
-    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--trials", type=int, default=64, help="throughput: configurations a table")
+    parser.add_argument("--rival-trials", type=int, default=4, help="throughput: how many of them a rival trains")
+    parser.add_argument("--rounds", type=int, default=7, help="throughput: interleaved rounds")
+    parser.add_argument("--splits", type=int, default=5, help="quality: folds of a table that are scored")
+    parser.add_argument("--share", type=float, default=0.3, help="quality: budget, in CPU time of RealMLP-TD's fit")
+    parser.add_argument("--runs", type=int, default=40, help="honest: runs of each problem")
+    parser.add_argument("--first-seed", type=int, default=0, help="honest, target: the first seed")
     parser.add_argument("--honest-budget", default="40 trials")
     parser.add_argument("--page-trials", type=int, default=1000)
-    parser.add_argument("--housing", type=Path)
+    parser.add_argument("--housing", type=Path, help="CSV file of California housing")
     parser.add_argument("--housing-budget", default="300s")
+    parser.add_argument("--seeds", type=int, default=2, help="target: splits of each table")
+    parser.add_argument("--rival-budget", type=int, default=200, help="target: trials of the rival")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    words: dict[str, Any] = {"name": "tuning", **environment()}
-    if options.out is not None and options.out.exists():
-        words = {**json.loads(options.out.read_text()), **words}
+    # The first search imports what searches need: no method is to pay for that.
+    tune(*make_moons(60, noise=0.3, random_state=0), budget="20 trials", random_state=0, progress=False)
     for part in options.parts:
-        words[part] = PARTS[part](options)
-        if options.out is not None:
-            options.out.write_text(json.dumps(words, indent=2) + "\n")
+        PARTS[part](options)
 
 
 if __name__ == "__main__":

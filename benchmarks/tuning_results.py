@@ -30,15 +30,17 @@ def environment() -> dict[str, Any]:
 class Part:
     """One part of a results file: pieces by name, each computed once, and a summary of them.
 
-    settings: what the pieces depend on. Pieces of other settings or of another commit are not used again.
+    settings: what the pieces depend on. Pieces of other settings are not used again, nor, if the part follows our
+    sources, those of another commit.
     """
 
-    def __init__(self, path: Path | None, name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, name: str, settings: dict[str, Any], *, follows_sources: bool = True) -> None:
         self.path, self.name = path, name
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         before = _read(path).get(name, {})
-        own = {key: before.get(key) for key in ("commit", "settings")}
-        same = own == {"commit": commit(), "settings": self.settings}
+        same = before.get("settings") == self.settings
+        if follows_sources:
+            same = same and before.get("commit") == commit()
         self.pieces: dict[str, Any] = before.get("pieces", {}) if same else {}
 
     def piece(self, name: str, compute: Callable[..., Any], *given: Any) -> Any:

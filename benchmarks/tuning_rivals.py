@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -90,6 +91,12 @@ def _of(classifier: Callable[[int], Any], regressor: Callable[[int], Any]) -> Fi
         return (classifier if classes else regressor)(seed).fit(X, y).predict  # type: ignore[no-any-return]
 
     return fit
+
+
+def installed() -> dict[str, str]:
+    """Versions of the rivals that are at hand."""
+    names = ("torch", "scikit-learn", "optuna", "lightgbm", "pytabkit")
+    return {name: version(name) for name in names if find_spec(name.replace("scikit-learn", "sklearn"))}
 
 
 def RIVALS() -> tuple[dict[str, Fit], list[str]]:
