@@ -146,6 +146,7 @@ def over(lr: tuple[float, float], **more: Any) -> dict[str, Any]:
     return {"strategy": "quasirandom", "budget": "48 trials", "space": {**SLOPE, "lr": lr, **more}}
 
 
+FLAT = {"layers": [0, 1], "periodic": 0.0}  # Waves among the inputs would stand for the units that lack.
 AUTO = {"strategy": "auto", "budget": "80 trials"}
 KINDS: dict[str, list[Problem]] = {
     "no signal": [Problem("no signal", noise, fit_is("no signal"), AUTO)],
@@ -153,8 +154,8 @@ KINDS: dict[str, list[Problem]] = {
     "linear": [Problem("linear", linear, lambda run: value_of(run, "depth") == "linear", AUTO)],
     "curved": [Problem("curved", curved, lambda run: value_of(run, "depth").endswith("hidden"), AUTO)],
     "underfit": [
-        Problem("underfit", wavy, fit_is("underfit"), {**AUTO, "space": {"width": [1, 2, 4], "layers": [0, 1]}}),
-        Problem("underfit", wavy, fit_is("underfit"), {**AUTO, "space": {"epochs": 6, "lr": 1e-3, "layers": [0, 1]}}),
+        Problem("underfit", wavy, fit_is("underfit"), {**AUTO, "space": {**FLAT, "width": [1, 2, 4]}}),
+        Problem("underfit", wavy, fit_is("underfit"), {**AUTO, "space": {**FLAT, "epochs": 6, "lr": 1e-3}}),
     ],
     "overfit": [
         Problem(

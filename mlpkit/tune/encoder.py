@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ Columns = Mapping[str, npt.NDArray[Any]]
 
 MAX_LEVELS = 30
 _CLIP = 3.0
+_FREQUENCIES = 8
+_LEAST_VALUES = 5  # A wave over fewer values says no more than the values do.
 _LIMIT = 1e6  # Standardised inputs are cut here: far beyond any sense, well inside float32 products.
 
 
@@ -23,7 +25,8 @@ _LIMIT = 1e6  # Standardised inputs are cut here: far beyond any sense, well ins
 class NumericCode:
     """value -> (value or median - mean) / scale, and a 0/1 indicator if training rows had gaps.
 
-    clip: 0, or c of the smooth clip x / sqrt(1 + (x / c)^2) that follows (Holzmueller et al., 2024).
+    clip: 0, or c of the smooth clip x / sqrt(1 + (x / c)^2) that follows (Holzmueller et al., 2024). frequencies: for
+    each f the inputs sin(2 pi f x) and cos(2 pi f x) of the result x come too (Gorishniy et al., 2022).
     """
 
     name: str
@@ -32,6 +35,7 @@ class NumericCode:
     scale: float
     indicator: bool
     clip: float = 0.0
+    frequencies: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,36 +54,45 @@ class Encoder:
 
     @classmethod
     def fit(
-        cls, data: Columns, columns: Sequence[Column], rows: npt.NDArray[np.int64], scaling: str = "standard"
-    ) -> Encoder:
+        cls, data: Columns, columns: Sequence[Column], rows: npt.NDArray[np.int64], scaling: str = "standard",
+        periodic: float = 0.0,
+    ) -> Encoder:  # fmt: skip
         """Learn medians, means, scales and levels from ``rows`` alone.
 
         scaling: "standard", or "robust" for median, half the distance of the quartiles and a smooth clip at 3.
+        periodic: 0, or the standard deviation of the frequencies of eight waves of each number; they depend on the
+        place of the column alone.
         """
         codes: list[NumericCode | CategoryCode] = []
-        for column in columns:
+        for number, column in enumerate(columns):
             values = data[column.name][rows]
-            numeric = column.kind == "numeric"
-            fit = _fit_robust if scaling == "robust" else _fit_numeric
-            codes.append(fit(column.name, values) if numeric else _fit_category(column.name, values))
+            if column.kind != "numeric":
+                codes.append(_fit_category(column.name, values))
+                continue
+            code = (_fit_robust if scaling == "robust" else _fit_numeric)(column.name, values)
+            if periodic and len(np.unique(values[~np.isnan(values)])) >= _LEAST_VALUES:
+                drawn = periodic * np.random.default_rng([31, number]).normal(size=_FREQUENCIES)
+                code = replace(code, frequencies=tuple(drawn.tolist()))
+            codes.append(code)
         return cls(tuple(codes))
 
     def transform(self, data: Columns) -> npt.NDArray[np.float32]:
         """(rows, in_features) float32, finite."""
-        parts: list[npt.NDArray[Any]] = []
+        if not self.codes:
+            return np.empty((0, 0), dtype=np.float32)
+        # Written where they stay: a large table is not held twice.
+        inputs = np.empty((len(data[self.codes[0].name]), len(self.feature_names)), dtype=np.float32)
+        at = 0
         for code in self.codes:
-            values = data[code.name]
-            if isinstance(code, NumericCode):
-                missing = np.isnan(values)
-                filled = np.where(missing, code.median, values)
-                with np.errstate(over="ignore"):  # An overflow is cut like any other far value.
-                    scaled = np.clip((filled - code.mean) / code.scale, -_LIMIT, _LIMIT)
-                parts.append(scaled / np.sqrt(1.0 + (scaled / code.clip) ** 2) if code.clip else scaled)
-                if code.indicator:
-                    parts.append(missing)
-            else:
-                parts.extend(values == level for level in code.levels)
-        return np.stack(parts, axis=1).astype(np.float32) if parts else np.empty((0, 0), dtype=np.float32)
+            for part in _inputs(code, data[code.name]):
+                inputs[:, at] = part
+                at += 1
+        return inputs
+
+    @classmethod
+    def joined(cls, encoders: Sequence[Encoder]) -> Encoder:
+        """One encoder whose inputs are those of each in turn."""
+        return cls(tuple(code for encoder in encoders for code in encoder.codes))
 
     @property
     def feature_names(self) -> list[str]:
@@ -90,6 +103,8 @@ class Encoder:
                 names.append(code.name)
                 if code.indicator:
                     names.append(f"{code.name} is missing")
+                for frequency in code.frequencies:
+                    names += [f"{wave} of {code.name} at {frequency:.3g}" for wave in ("sine", "cosine")]
             else:
                 names.extend(f"{code.name} = {'missing' if level is None else level}" for level in code.levels)
         return names
@@ -105,10 +120,30 @@ class Encoder:
         codes: list[NumericCode | CategoryCode] = []
         for item in items:
             if item["kind"] == "numeric":
-                codes.append(NumericCode(**{key: item[key] for key in NumericCode.__dataclass_fields__ if key in item}))
+                known = {key: item[key] for key in NumericCode.__dataclass_fields__ if key in item}
+                codes.append(NumericCode(**{**known, "frequencies": tuple(known.get("frequencies", ()))}))
             else:
                 codes.append(CategoryCode(item["name"], tuple(item["levels"])))
         return cls(tuple(codes))
+
+
+def _inputs(code: NumericCode | CategoryCode, values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """The inputs of one column, (rows,) each."""
+    if isinstance(code, CategoryCode):
+        yield from (values == level for level in code.levels)
+        return
+    missing = np.isnan(values)
+    with np.errstate(over="ignore"):  # An overflow is cut like any other far value.
+        scaled = np.clip((np.where(missing, code.median, values) - code.mean) / code.scale, -_LIMIT, _LIMIT)
+    if code.clip:
+        scaled = scaled / np.sqrt(1.0 + (scaled / code.clip) ** 2)
+    yield scaled
+    if code.indicator:
+        yield missing
+    for frequency in code.frequencies:
+        turned = 2.0 * np.pi * frequency * scaled
+        yield np.sin(turned)
+        yield np.cos(turned)
 
 
 def _fit_numeric(name: str, values: npt.NDArray[np.float64]) -> NumericCode:

@@ -325,7 +325,8 @@ def _problem(frame: Any, target: npt.NDArray[Any], weight: npt.NDArray[np.float6
 
 
 def _fitted(problem: Problem, spec: Spec, epochs: int) -> TunedModel:
-    encoder, mean, scale, rows = encode_all(problem)
+    encoder, rows = encode_all(problem)
+    mean, scale = target_scale(problem.target, np.arange(problem.rows))
     (network,) = trainer.refit([spec], rows, len(problem.target.classes), [epochs])
     return TunedModel(
         # In double precision a prediction does not depend on which rows are predicted with it.

@@ -26,8 +26,11 @@ from mlpkit.tune.spec import Spec
 _LR = 6e-3
 _WEIGHT_DECAY = 0.3  # AdamW's: the weights shrink by lr * weight_decay = 0.18 % a step.
 _WRAP_UP_SECONDS = 0.5
+_MEASURED_SECONDS = 0.1
+_MOST_OF_THE_REST = 0.5
 _RUNG_FOLDS = 2  # Candidates are compared after this many folds; the others are for those that keep up.
 _PRUNE_SE = 3.0
+_SEEDS_APART = 5000  # Folds and repeats take the seeds between.
 _LEAST_ROWS = 30  # Fewer rows on the rung say too little to stop anybody.
 
 
@@ -48,9 +51,12 @@ class Search:
         self._known: dict[str, Trial] = {}
         self.rows = len(folds[0].train)
         self.base = make_spec((), self.rows, seed)
-        self.slowest = 0.0
+        self._held = (0.0, 0.0)
+        self.converged = 0
+        self._spent = [0.0, 0.0]
         self.final_fits = 1
         self.threads = 1
+        self.averaging = False
 
     @property
     def done(self) -> bool:
@@ -97,7 +103,11 @@ class Search:
             if self.clock.trials_left < len(fresh) + 1 or self.done:
                 self.untried.append(params)
                 continue
-            fresh[key] = self._trial(params, stage)
+            trial = self._trial(params, stage)
+            if not self._affordable(trial):
+                self.untried.append(params)
+                continue
+            fresh[key] = trial
         self._train(list(fresh.values()), prune)
         for key, trial in fresh.items():
             if trial.outcomes:
@@ -130,6 +140,16 @@ class Search:
         outcomes = self._call([spec], encoding, data, 0, "half")[0]
         if _state(outcomes, len(self.folds)) == "complete":
             trial.halved = outcomes
+
+    def retrain(self, trial: Trial, times: int) -> None:
+        """Train a finished trial on its folds from other seeds, at once: its networks can be averaged."""
+        spec, encoding = self.spec(trial.params)
+        if trial.again or self.clock.now() + times * self._typical() > self._deadline():
+            return
+        specs = [again(spec, number) for number in range(1, times + 1)]
+        found = self._call(specs, encoding, self._data(encoding), 0, "again")
+        if all(_state(outcomes, len(self.folds)) == "complete" for outcomes in found):
+            trial.again = found
 
     def _linear(self) -> Trial:
         trial = self._trial(self.complete({"layers": 0}), "linear")
@@ -187,11 +207,14 @@ class Search:
             if not taken:
                 self.journal.wait()
                 continue
+            before = self.clock.now()
             trained = trainer.train_members(
                 [specs[at] for at in taken], data, self.out_features, deadline=limit, keep_at_deadline=keep,
                 on_fold=lambda _spec, _fold, outcome: self.say.fold(outcome), first_fold=first, clock=self.clock.now,
                 threads=self.threads,
             )  # fmt: skip
+            self._spent[0] += self.clock.now() - before
+            self._spent[1] += sum(outcome.seconds for outcomes in trained for outcome in outcomes)
             for at, outcomes in zip(taken, trained):
                 if encoding.log_target:
                     self._rescore(outcomes, encoding, first)
@@ -251,7 +274,6 @@ class Search:
         elif trial.state == "complete":
             stops = sorted({outcome.stopped for outcome in trial.outcomes})
             trial.reason = " and ".join(stops)
-        self.slowest = max(self.slowest, trial.seconds)
 
     def _add(self, key: str, trial: Trial) -> None:
         self._known[key] = trial
@@ -273,17 +295,40 @@ class Search:
 
     def _deadline(self) -> float:
         # What remains after the fits on all rows, each of which costs a little more than one of its folds.
-        rounds = math.ceil(self.final_fits / self._at_once)
-        return self.clock.end - rounds * 1.5 * self.slowest / len(self.folds) - _WRAP_UP_SECONDS
+        cost, end, (candidates, share) = self._usual(), self.clock.end, self._held
+        fits = self.final_fits * 1.5 * cost / len(self.folds)
+        held = min(candidates * cost, share * end) if candidates else 0.0
+        return end - fits - held - min(_WRAP_UP_SECONDS, 0.05 * end)
+
+    def hold(self, candidates: float, share: float) -> None:
+        """From now on keep what so many candidates like the best cost for later, but at most a share of the budget."""
+        self._held = (candidates, share)
+
+    def _usual(self) -> float:
+        """What the best five candidates cost, in seconds of the clock: their median, since a process may be paused."""
+        done = sorted((trial for trial in self.trials if trial.state == "complete"), key=lambda trial: -trial.mean)
+        return self._rate * statistics.median([trial.seconds for trial in done[:5]] or [0.0])
 
     def _typical(self) -> float:
         recent = [trial.seconds for trial in self.trials[-5:]]
-        return 0.7 * statistics.median(recent) / self._at_once if recent else 0.0
+        return 0.7 * statistics.median(recent) * self._rate if recent else 0.0
+
+    @property
+    def _rate(self) -> float:
+        """Seconds of the clock that pass in a second of a thread that trains, as measured so far."""
+        clock, threads = self._spent
+        return clock / threads if threads > _MEASURED_SECONDS else 1.0 / self._at_once
 
     @property
     def _at_once(self) -> int:
         """Thread seconds of a candidate that pass in a second of the clock; CPU time counts those of all threads."""
         return 1 if self.clock.budget.unit == "cpu-seconds" else min(self.threads, len(self.folds))
+
+    def _affordable(self, trial: Trial) -> bool:
+        """False where it would take more than half of what is left, by what the largest so far has cost."""
+        largest = max(self.trials, key=_work)
+        cost = self._rate * largest.seconds * _work(trial) / _work(largest)
+        return cost <= _MOST_OF_THE_REST * (self._deadline() - self.clock.now())
 
     def _key(self, params: Params) -> str:
         return repr(self.spec(params))
@@ -292,6 +337,11 @@ class Search:
 def _every_second(rows: trainer.Split) -> trainer.Split:
     weight = None if rows.weight is None else rows.weight[::2] / rows.weight[::2].mean()
     return trainer.Split(rows.x[::2], rows.y[::2], weight)
+
+
+def again(spec: Spec, number: int) -> Spec:
+    """The same from another seed; 0 is its own."""
+    return replace(spec, seed=spec.seed + _SEEDS_APART * number)
 
 
 def make_spec(hidden: tuple[int, ...], rows: int, seed: int) -> Spec:
@@ -304,6 +354,11 @@ def _state(outcomes: Sequence[trainer.Outcome], folds: int) -> State:
     if len(outcomes) == folds and all(outcome.finished for outcome in outcomes):
         return "complete"
     return "diverged" if outcomes and outcomes[-1].stopped == "diverged" else "out of time"
+
+
+def _work(trial: Trial) -> float:
+    """What a row costs, in units of a weight: an activation counts for some forty, a step of the optimizer for more."""
+    return 1000.0 + trial.parameters + 40.0 * sum(trial.hidden)
 
 
 def _parameters(in_features: int, spec: Spec, out_features: int) -> int:

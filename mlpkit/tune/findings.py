@@ -109,8 +109,11 @@ def ensemble(committee: Committee | None, metric: str) -> Verdict | None:
     numbers = {"networks": count, "saved": step.gain, "se": step.se, "score": committee.score}
     told = f"{abs(step.gain):.3f} {unit}, {abs(step.ratio):.1f} SE"
     if committee.better:
+        seeds = f" ({max(committee.seeds) + 1} of them the winner from other seeds)" if any(committee.seeds) else ""
+        change = "saves" if step.gain >= 0 else "costs"
         text = (
-            f"An average of {count} networks predicts: it saves {told}; {metric} {committee.score:.3f} on unseen rows."
+            f"An average of {count} networks{seeds} predicts: it {change} {told}; {metric} {committee.score:.3f} on"
+            " unseen rows."
         )
         return Verdict("ensemble", "average", text, "good", numbers)
     change = "saves" if step.gain > 0 else "costs"

@@ -6,6 +6,7 @@ import numpy as np
 
 from mlpkit.tune import stats
 from mlpkit.tune.findings import Verdict
+from mlpkit.tune.honest import Estimate
 from mlpkit.tune.ladder import Climb, Trial, rise_after_best
 from mlpkit.tune.trainer import Outcome
 
@@ -14,16 +15,19 @@ _RISE_SE = 2.0
 _NOTHING = 0.02
 _MORE_ROWS = 0.01  # Twice the rows must have gained this much of the score for more to be worth asking for.
 _STILL_FALLING = 0.02
-_GIVEN_BACK = 0.2
+_GIVEN_BACK, _GIVEN_BACK_WIDE = 0.2, 0.05
+_EDGE_SE = 2.0
+_NORMAL_95, _NORMAL_90 = 1.96, 1.645
 
 
-def fit(climb: Climb, metric: str, floor: float) -> Verdict:
+def fit(climb: Climb, metric: str, floor: float, expected: Estimate | None = None) -> Verdict:
     """One of "no signal", "underfit", "overfit", "data-limited" or "fine", the first of these that holds.
 
-    floor: the score of a constant guess. No signal: within one SE (or 0.02) of it. Underfit: the widest layer tried won
-    by more than one SE while training rows are hardly better than unseen ones, a bigger network of the same depth gains
-    that, or the validation loss still fell at the last epoch. Overfit: it ended more than 2 SE above its minimum, and
-    either gave back a fifth of its fall or the gap of training to test score is over three times that of linear.
+    floor: the score of a constant guess. expected: the score without the luck of the choice. No signal: that score is
+    within 0.02 of the floor, or the floor within its 95 % interval. Underfit: the widest layer tried won by more than
+    two SE while training rows are hardly better than unseen ones, a bigger network of the same depth gains one, or the
+    validation loss still fell at the last epoch. Overfit: it ended more than 2 SE above its minimum, and either gave
+    back a fifth of its fall, or a twentieth where the gap of training to test score is over three times that of linear.
     Data-limited: half of the training rows lose more than one SE, and at least 0.01.
     """
     winner, linear = climb.winner, climb.linear
@@ -34,14 +38,15 @@ def fit(climb: Climb, metric: str, floor: float) -> Verdict:
         "floor": floor,
     }  # fmt: skip
     scores = f"{metric} {winner.train_mean:.3f} on training rows, {winner.mean:.3f} on unseen ones"
-    if winner.mean <= floor + max(winner.se, _NOTHING):
+    if _nothing(winner, floor, expected):
         text = f"It learnt next to nothing: {metric} {winner.mean:.3f}, a constant guess reaches {floor:.3f}."
         return Verdict("fit", "no signal", text, "bad", numbers)
     small = _underfit(climb, gap, linear_gap)
     if small is not None:
         return Verdict("fit", "underfit", f"{small[0]} ({scores}).", "notice", {**numbers, **small[1]})
     back = given_back(winner)
-    if rise > _RISE_SE and (back > _GIVEN_BACK or gap > max(_OVERFIT_TIMES_LINEAR * max(linear_gap, 0.0), winner.se)):
+    wide = gap > max(_OVERFIT_TIMES_LINEAR * max(linear_gap, 0.0), winner.se)
+    if rise > _RISE_SE and (back > _GIVEN_BACK or (wide and back > _GIVEN_BACK_WIDE)):
         text = (
             f"It overfits if left alone: after its best epoch the validation loss rose by {rise:.1f} SE and gave back"
             f" {min(back, 9.99):.0%} of its fall ({scores}). Early stopping took the best epoch."
@@ -85,12 +90,19 @@ def ratio(step: stats.Comparison) -> str:
     return f"{abs(step.ratio):.1f}" if np.isfinite(step.ratio) else "many"
 
 
+def _nothing(winner: Trial, floor: float, expected: Estimate | None) -> bool:
+    if expected is None:
+        return winner.mean <= floor + max(winner.se, _NOTHING)
+    se = (expected.high - expected.score) / _NORMAL_90
+    return expected.score <= floor + max(_NORMAL_95 * se, _NOTHING)
+
+
 def _underfit(climb: Climb, gap: float, linear_gap: float) -> tuple[str, dict[str, float]] | None:
     """(why more capacity or time would help, the numbers), or None."""
     winner = climb.winner
     edge = _edge(climb)
     # Where training rows are told far better than unseen ones, it is not for lack of units.
-    if edge is not None and edge.earned and gap < max((1.0 - winner.train_mean) / 2.0, winner.se):
+    if edge is not None and edge.ratio > _EDGE_SE and gap < max((1.0 - winner.train_mean) / 2.0, winner.se):
         text = f"It may underfit: the widest layer tried won, {ratio(edge)} SE ahead of the next"
         return text, {"edge_ratio": edge.ratio}
     better = _bigger_is_better(climb)
@@ -139,9 +151,9 @@ def falling(trial: Trial) -> float:
     shares = []
     for outcome in trial.outcomes:
         loss = outcome.validation_loss
-        if outcome.stopped != "epochs" or len(loss) < 2 or outcome.best_epoch < 0.95 * len(loss) - 1:
+        if outcome.stopped != "epochs" or len(loss) < 2:
             return 0.0
-        whole = loss[0] - min(loss)
+        whole = loss[0] - min(loss) if outcome.best_epoch >= 0.95 * len(loss) - 1 else 0.0
         shares.append((loss[int(0.8 * (len(loss) - 1))] - loss[-1]) / whole if whole > 0.0 else 0.0)
     return float(np.mean(shares)) if shares else 0.0
 

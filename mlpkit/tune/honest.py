@@ -17,24 +17,30 @@ _NORMAL_90 = 1.645
 
 @dataclass(frozen=True)
 class Estimate:
-    """score: corrected; low, high: its 90 % interval; raw: the winner's mean over its folds; optimism = raw - score."""
+    """score: corrected; low, high: its 90 % interval; raw: the winner's mean over its folds.
+
+    optimism: what the choice owed to luck, which score lacks; more_rows: what it has for the rows that the model learns
+    from beyond those of a fold.
+    """
 
     score: float
     low: float
     high: float
     raw: float
     optimism: float
+    more_rows: float = 0.0
 
 
 def corrected(
-    rows: npt.NDArray[np.float64], depths: Sequence[int], winner: int, fold_scores: Sequence[float], seed: int
-) -> Estimate:
+    rows: npt.NDArray[np.float64], depths: Sequence[int], winner: int, fold_scores: Sequence[float], seed: int,
+    folds: int = 5,
+) -> Estimate:  # fmt: skip
     """Bootstrap bias-corrected cross-validation (Tsamardinos, Greasidou and Borboudakis, 2018).
 
     rows: (candidates, rows) scores of every row by the model that never saw it. In each draw of rows the whole choice
     is made again (best of each depth, a deeper one only if it gains more than one SE) and scored on the rows left out;
     what it loses there against the winner is the optimism. The interval takes the larger of two
-    standard errors, over the rows and over the folds.
+    standard errors, over the rows and over the folds, widened by sqrt(1 + 1 / (folds - 1)).
     """
     count = rows.shape[1]
     raw = stats.mean(fold_scores)
@@ -49,6 +55,8 @@ def corrected(
             left_out.append(rows[chosen, out].mean() - rows[winner, out].mean())
     lost = max(0.0, -float(np.mean(left_out))) if left_out else 0.0
     se = max(float(np.std(rows[winner], ddof=1)) / math.sqrt(count), stats.standard_error(fold_scores))
+    # The models that are scored share rows with those that score them (Nadeau and Bengio, 2003).
+    se *= math.sqrt(1.0 + 1.0 / (folds - 1))
     score = raw - lost
     return Estimate(score, score - _NORMAL_90 * se, score + _NORMAL_90 * se, raw, lost)
 

@@ -24,7 +24,8 @@ class Trial:
 
     params: what the search chose, by name. stage: which part of the strategy proposed it. reason: why it stopped.
     repeats: outcomes on other folds with other seeds, for finalists. halved: outcomes on the same folds with half
-    of the training rows, for the winner. number: counts the candidates of a search.
+    of the training rows, for the winner. again: outcomes on the same folds from other seeds, a list for each, for the
+    winner of a search that averages. number: counts the candidates of a search.
     """
 
     hidden: Hidden
@@ -36,6 +37,7 @@ class Trial:
     reason: str = ""
     repeats: list[Outcome] = field(default_factory=list)
     halved: list[Outcome] = field(default_factory=list)
+    again: list[list[Outcome]] = field(default_factory=list)
     number: int = 0
 
     @property
@@ -80,7 +82,7 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """Wall time of its folds."""
+        """Time of the threads that trained it on its folds."""
         return sum(outcome.seconds for outcome in (*self.outcomes, *self.repeats))
 
 

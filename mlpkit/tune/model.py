@@ -32,13 +32,17 @@ _BLOCK = 65536
 
 @dataclass(frozen=True)
 class Member:
-    """One network of an average: its architecture and how much it counts."""
+    """One network of an average: its architecture and how much it counts.
+
+    inputs: (first, end) of the encoder's inputs that it takes; None: all.
+    """
 
     hidden: tuple[int, ...]
     activation: str
     norm: str | None
     dropout: float | tuple[float, ...]
     weight: float
+    inputs: tuple[int, int] | None = None
 
 
 @dataclass
@@ -253,14 +257,20 @@ def _rates(dropout: float | tuple[float, ...]) -> float | list[float]:
 def _member(item: Mapping[str, Any]) -> Member:
     rate = item.get("dropout", 0.0)
     dropout = tuple(rate) if isinstance(rate, list) else float(rate)
-    return Member(tuple(item["hidden"]), item["activation"], item.get("norm"), dropout, float(item["weight"]))
+    inputs = (int(item["inputs"][0]), int(item["inputs"][1])) if item.get("inputs") else None
+    return Member(tuple(item["hidden"]), item["activation"], item.get("norm"), dropout, float(item["weight"]), inputs)
 
 
 def _build(member: Member, in_features: int, out_features: int) -> nn.Module:
     spec = Spec(
         member.hidden, 0.0, 0.0, 1, 0, activation=member.activation, norm=member.norm, dropout=member.dropout
     )  # fmt: skip
-    return trainer.build(spec, in_features, out_features)
+    if member.inputs is None:
+        return trainer.build(spec, in_features, out_features)
+    from mlpkit.tune.ensemble import Sliced
+
+    first, end = member.inputs
+    return Sliced(trainer.build(spec, end - first, out_features), first, end)
 
 
 def _whole(networks: Sequence[nn.Module], members: Sequence[Member], classes: bool) -> nn.Module:

@@ -19,6 +19,7 @@ def committee_of(committee: Committee | None) -> dict[str, Any] | None:
     return {
         "trials": [trial.number for trial in committee.trials],
         "weights": list(committee.weights),
+        "seeds": list(committee.seeds),
         "saved": asdict(committee.step),
         "score": committee.score,
         "used": committee.better,
@@ -38,6 +39,7 @@ def trial_of(trial: Trial, curves: bool) -> dict[str, Any]:
         "reason": trial.reason,
         "repeats": [outcome.score for outcome in trial.repeats],
         "halved": [outcome.score for outcome in trial.halved],
+        "again": [[outcome.score for outcome in outcomes] for outcomes in trial.again],
         "hidden": list(trial.hidden),
         "parameters": trial.parameters,
         "state": trial.state,

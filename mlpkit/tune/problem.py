@@ -137,20 +137,21 @@ def _weights(given: Any, rows: int) -> npt.NDArray[np.float64] | None:
 
 def encode_fold(problem: Problem, fold: Fold, encoding: Encoding = PLAIN) -> trainer.FoldData:
     """One fold as tensors. Encoder and target scale learn from the train part only."""
-    encoder = Encoder.fit(problem.data, problem.columns, fold.train, encoding.scaling)
+    encoder = Encoder.fit(problem.data, problem.columns, fold.train, encoding.scaling, encoding.periodic)
     mean, scale = target_scale(problem.target, fold.train, encoding)
     x = torch.from_numpy(encoder.transform(problem.data))
     y = target_tensor(problem.target, mean, scale, encoding)
     return trainer.FoldData(*(_split(problem, x, y, rows) for rows in (fold.train, fold.validation, fold.test)))
 
 
-def encode_all(problem: Problem, encoding: Encoding = PLAIN) -> tuple[Encoder, float, float, trainer.Split]:
-    """(encoder, target mean, target scale, all rows as tensors) for the fit on everything."""
+def encode_all(problem: Problem, encoding: Encoding = PLAIN) -> tuple[Encoder, trainer.Split]:
+    """(encoder, all rows as tensors) for the fit on everything."""
     every = np.arange(problem.rows)
-    encoder = Encoder.fit(problem.data, problem.columns, every, encoding.scaling)
+    encoder = Encoder.fit(problem.data, problem.columns, every, encoding.scaling, encoding.periodic)
     mean, scale = target_scale(problem.target, every, encoding)
-    x = torch.from_numpy(encoder.transform(problem.data))
-    return encoder, mean, scale, _split(problem, x, target_tensor(problem.target, mean, scale, encoding), every)
+    x, y = torch.from_numpy(encoder.transform(problem.data)), target_tensor(problem.target, mean, scale, encoding)
+    weight = None if problem.weight is None else torch.from_numpy(problem.weight.astype(np.float32))
+    return encoder, trainer.Split(x, y, weight)
 
 
 def target_scale(target: Target, rows: npt.NDArray[np.int64], encoding: Encoding = PLAIN) -> tuple[float, float]:

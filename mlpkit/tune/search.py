@@ -102,13 +102,14 @@ def tune(
     wanted = wanted.for_task(
         problem.target.task,
         positive_target=problem.target.task == "regression" and bool((problem.target.values > 0.0).all()),
+        numeric=sum(column.kind == "numeric" for column in problem.columns),
     )
     metric = "accuracy" if problem.target.task == "classification" else "R2"
     with closing(journal), speak.choose(progress, metric, cv) as say, _threads() as threads:
         search = _prepared(problem, wanted, cv, seed, clock, say, journal)
         search.threads = threads
         averaging = strategy == "auto" if ensemble is None else bool(ensemble)
-        search.final_fits = _FITS_OF_AN_AVERAGE if averaging else 1
+        search.final_fits, search.averaging = _FITS_OF_AN_AVERAGE if averaging else 1, averaging
         _run_strategy(strategy, search)
         result = from_trials(search.trials, [widths(params) for params in search.untried])
         committee = choose(search, result) if averaging else None
@@ -147,10 +148,10 @@ def _run(
     search: Search, climb: Climb, committee: Committee | None, model: TunedModel, settings: dict[str, Any],
     command: str | None,
 ) -> Run:  # fmt: skip
-    problem = search.problem
+    problem, expected = search.problem, estimate(search, climb, committee)
     return Run(
         estimator=model,
-        verdicts=judge(climb, search.metric, _floor(problem), search=search, committee=committee),
+        verdicts=judge(climb, search.metric, _floor(problem), search=search, committee=committee, expected=expected),
         climb=climb,
         study=to_study(climb, search.metric, search.seed, search.space),
         folds=search.folds,
@@ -162,7 +163,7 @@ def _run(
         },
         command=command,
         seconds=search.clock.now(),
-        estimate=estimate(search, climb, committee),
+        estimate=expected,
         search=search,
         committee=committee,
     )  # fmt: skip

@@ -21,6 +21,7 @@ Params = dict[str, Value]
 
 SHAPES = ("wide", "tapered", "funnel")
 SCALINGS = ("standard", "robust")
+_MOST_WAVED = 32
 _MOST_LAYERS, _WIDEST, _NARROWEST = 8, 65536, 4
 
 # In this order they are drawn: what a condition below asks for comes first.
@@ -47,6 +48,7 @@ DEFAULTS: dict[str, Part] = {
     "loss": Choice((*known.CLASS_LOSSES, *known.NUMBER_LOSSES)),
     "label_smoothing": Choice((0.0, 0.05, 0.1)),
     "scaling": Choice(SCALINGS),
+    "periodic": Choice((0.0, 0.1, 0.3, 1.0)),
     "log_target": Choice((False, True)),
 }
 
@@ -63,6 +65,7 @@ _CONDITIONS: dict[str, Callable[[Params], bool]] = {
     "beta1": lambda params: params["optimizer"] in ("adam", "adamw"),
     "beta2": lambda params: params["optimizer"] in ("adam", "adamw"),
     "label_smoothing": lambda params: params["loss"] == "cross_entropy",
+    "periodic": lambda params: params["layers"] != 0,
 }
 
 _NAMES: dict[str, tuple[Value, ...]] = {
@@ -81,7 +84,7 @@ _WHOLE = {"layers": (0, _MOST_LAYERS), "width": (1, _WIDEST), "batch_size": (1, 
 _BOUNDS = {
     "dropout": (0.0, 0.99), "lr": (1e-12, 1e3), "lr_decay": (1e-9, 1.0), "momentum": (0.0, 0.9999999),
     "beta1": (0.0, 0.9999999), "beta2": (0.0, 0.9999999999), "weight_decay": (0.0, 1e3), "l1": (0.0, 1e3),
-    "label_smoothing": (0.0, 0.99),
+    "label_smoothing": (0.0, 0.99), "periodic": (0.0, 100.0),
 }  # fmt: skip
 
 
@@ -91,6 +94,7 @@ class Encoding:
 
     scaling: str = "standard"
     log_target: bool = False
+    periodic: float = 0.0
 
 
 class Space:
@@ -101,7 +105,9 @@ class Space:
     ``Space.default()`` shows all of them. width is that of the first layer; shape: wide (all equal), tapered (each half
     of the one before) or funnel (each a quarter), never widening again, except that expand doubles the second layer.
     dropout is the rate of the last hidden layer, lower in proportion nearer the input. momentum and betas are drawn as
-    1 - value on a logarithmic scale. Raises ArgumentError naming the part, what it was and what it must be.
+    1 - value on a logarithmic scale. periodic: 0, or the standard deviation of the frequencies of eight sines and
+    cosines of every column of numbers that become inputs too. Raises ArgumentError naming the part, what it was and
+    what it must be.
     """
 
     def __init__(self, parts: Mapping[str, Any] | None = None, /, **overrides: Any) -> None:
@@ -158,8 +164,11 @@ class Space:
         copy.parts, copy.given = {**self.parts, **parts}, self.given
         return copy
 
-    def for_task(self, task: str, *, positive_target: bool = False) -> Space:
-        """What of the space applies: losses of the task, log_target for positive numbers only."""
+    def for_task(self, task: str, *, positive_target: bool = False, numeric: int = 1) -> Space:
+        """What of the space applies: losses of the task, log_target for positive numbers only.
+
+        numeric: columns of numbers; waves of none, or of very many, are left out unless they were asked for.
+        """
         losses = known.CLASS_LOSSES if task == "classification" else known.NUMBER_LOSSES
         own = self.parts["loss"]
         kept = tuple(value for value in (own.values if isinstance(own, Choice) else ()) if value in losses)
@@ -169,7 +178,10 @@ class Space:
         allowed = log if task == "regression" and positive_target else Choice((False,))
         if "log_target" in self.given and isinstance(log, Choice) and False not in log.values and allowed is not log:
             raise ArgumentError("Space: part 'log_target' is true, but that needs a regression with positive targets")
-        return self.with_parts(loss=Choice(kept), log_target=allowed)
+        waves = self.parts["periodic"]
+        if "periodic" not in self.given and not 0 < numeric <= _MOST_WAVED:
+            waves = Choice((0.0,))
+        return self.with_parts(loss=Choice(kept), log_target=allowed, periodic=waves)
 
     def active(self, params: Mapping[str, Value]) -> list[str]:
         """Names of the parts that matter, given the others: no width without a hidden layer."""
@@ -202,7 +214,10 @@ class Space:
         dropout = float(params.get("dropout") or 0.0)
         plain["hidden"] = hidden
         plain["dropout"] = tuple(dropout * (index + 1) / len(hidden) for index in range(len(hidden))) or 0.0
-        encoding = Encoding(str(params.get("scaling", "standard")), bool(params.get("log_target", False)))
+        encoding = Encoding(
+            str(params.get("scaling", "standard")), bool(params.get("log_target", False)),
+            float(params.get("periodic") or 0.0),
+        )  # fmt: skip
         return replace(base, **plain), encoding
 
 

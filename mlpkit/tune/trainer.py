@@ -120,7 +120,8 @@ def refit(
 ) -> list[nn.Module]:
     """Train each spec on all of ``data`` for its number of epochs and return the models in eval mode.
 
-    threads: that train them side by side; None is torch's number.
+    The weights are those of the epoch with the least loss on ``data``: the last may be one in which a constant learning
+    rate threw the network out of its valley. threads: that train them side by side; None is torch's number.
     """
     networks: dict[int, nn.Module] = {}
     for loss in dict.fromkeys(_loss(spec, out_features) for spec in specs):
@@ -130,9 +131,10 @@ def refit(
             replace(_member(specs[number]), epochs=max(specs[number].epochs, wanted[index]))
             for index, number in enumerate(numbers)
         ]
+        table = (data.x, data.y, data.weight)
         population = Population(
             members, data.x, data.y, loss=loss, sample_weight=data.weight, progress=False, threads=threads,
-            out_features=out_features or None,
+            out_features=out_features or None, validation=table,
         )  # fmt: skip
         # Schedules follow a member's own epochs: it is dropped when it has had its number of them.
         done = 0
@@ -140,7 +142,7 @@ def refit(
             population.train(stop - done)
             done = stop
             population.drop(index for index, last in wanted.items() if last == stop)
-        networks |= {number: population.export(index, weights="last") for index, number in enumerate(numbers)}
+        networks |= {number: population.export(index, weights="best") for index, number in enumerate(numbers)}
     return [networks[number] for number in range(len(specs))]
 
 
@@ -265,7 +267,7 @@ def _decay(spec: Spec) -> dict[str, Any]:
 
 
 def _patience(spec: Spec, rows: int) -> int | None:
-    if spec.patience is None:
+    if spec.patience is None or spec.schedule == "coslog4":  # The loss rises with the rate in each cycle.
         return None
     return max(spec.patience, math.ceil(_MIN_STEPS / math.ceil(rows / spec.batch_size)))
 

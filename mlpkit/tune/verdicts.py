@@ -11,17 +11,21 @@ from mlpkit.tune.ensemble import Committee
 from mlpkit.tune.evaluate import Search
 from mlpkit.tune.findings import Verdict
 from mlpkit.tune.fit_verdict import fit, ratio
+from mlpkit.tune.honest import Estimate
 from mlpkit.tune.ladder import TAPERS, WIDTHS, Climb, Trial, in_words
 
 _SEARCHED = 12  # The ladder alone says of a part what its own verdicts say.
 
 
 def judge(
-    climb: Climb, metric: str, floor: float, search: Search | None = None, committee: Committee | None = None
-) -> list[Verdict]:
+    climb: Climb, metric: str, floor: float, search: Search | None = None, committee: Committee | None = None,
+    expected: Estimate | None = None,
+) -> list[Verdict]:  # fmt: skip
     """All verdicts, the three main ones first. floor: the score of a constant guess (largest class, or mean)."""
-    verdicts = [_depth(climb, metric), fit(climb, metric, floor), _neighbours(climb, metric)]
-    if _cut_short(climb):
+    verdicts = [_depth(climb, metric), fit(climb, metric, floor, expected), _neighbours(climb, metric)]
+    if search is not None and search.converged:
+        verdicts.append(_converged(search))
+    elif _cut_short(climb):
         verdicts.append(_budget(climb))
     diverged = [trial.words for trial in climb.trials if trial.state == "diverged"]
     if diverged:
@@ -127,6 +131,16 @@ def _budget(climb: Climb) -> Verdict:
     told = [words if count == 1 else f"{words} ({count} settings)" for words, count in counts.items()]
     text = f"The time budget ended before {_listed(told)}: not compared."
     return Verdict("budget", "cut short", text, "notice", {"left_out": left})
+
+
+def _converged(search: Search) -> Verdict:
+    spent, budget = search.clock.now(), search.clock.budget
+    used = f"{len(search.trials)} trials" if budget.unit == "trials" else f"{spent:.0f} s"
+    text = (
+        f"The search converged: its last {search.converged} candidates gained less than a quarter of one SE; it ended"
+        f" after {used} of a budget of {budget}."
+    )
+    return Verdict("budget", "converged", text, "good", {"idle": search.converged, "seconds": spent})
 
 
 def _numbers(step: stats.Comparison, winner: Trial, rival: Trial) -> dict[str, Any]:
