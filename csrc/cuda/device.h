@@ -306,6 +306,8 @@ struct Grid {  // one-dimensional
   int64_t blocks;
   int threads;
   int shared_bytes = 0;  // dynamic
+  // The multiprocessor's memory is to be shared memory as far as it goes, so that as many blocks fit as can.
+  bool mostly_shared = false;
 };
 
 // Queues kernel(args...) on the stream.
@@ -316,6 +318,12 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   if (grid.shared_bytes > 48 * 1024) {  // more must be asked for
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  if (grid.mostly_shared) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;
   }
   kernel<<<static_cast<uint32_t>(grid.blocks), grid.threads, grid.shared_bytes, stream>>>(args...);

@@ -115,7 +115,7 @@ class MemberTraining : public MemberPass<T> {
       const MemberLoss loss{launch_.task, smoothing, scale, table, this->outputs()};
       this->score(loss, training, right, first == 0);
       if (training)
-        this->backward(gradients(), first == 0);
+        this->backward(gradients(), first == 0, left <= plan().rows);
       else if (by_column())
         score_columns(loss, first == 0);
     }
@@ -125,7 +125,7 @@ class MemberTraining : public MemberPass<T> {
   MLPKIT_DEVICE double loss_of_scores() const { return this->sum_of_warps(head().scores, 3); }
 
   MLPKIT_DEVICE MemberCause finish_step() {
-    const double squares = this->sum_of_block(squares_of(gradients(), plan().floats, thread(), threads()));
+    const double squares = this->sum_of_warps(head().squares, 1);
     const double value = loss_of_scores() * loss_scale(), norm = ::sqrt(squares);
     // Beyond float32, a loss in float32 is Inf.
     if (!(::fabs(value) <= FLT_MAX)) return value != value ? MemberCause::loss_nan : MemberCause::loss_inf;
@@ -324,7 +324,7 @@ class MemberPrediction : public MemberPass<T> {
   MLPKIT_DEVICE void predict(int64_t first) {
     const int64_t left = asked_.rows - first;
     const int rows = left < plan().rows ? static_cast<int>(left) : plan().rows, outputs = this->outputs();
-    this->gather({asked_.x, nullptr, nullptr, nullptr}, nullptr, first, rows);
+    this->gather(asked_.table, nullptr, first, rows);
     this->forward(false);
     float* y = job().outputs + first * outputs;
     for (int at = thread(); at < rows * outputs; at += threads()) {
@@ -354,14 +354,14 @@ predict_queue(const MemberOutputs asked) {
 
 cudaError_t train_members(const MemberLaunch& launch, cudaStream_t stream) {
   if (device::capability() < 80) return cudaErrorNoKernelImageForDevice;
-  const device::Grid grid{launch.blocks, 32 * launch.warps, launch.shared_bytes};
+  const device::Grid grid{launch.blocks, 32 * launch.warps, launch.shared_bytes, true};
   if (launch.dtype == Dtype::float32) return device::launch(train_queue<float>, grid, stream, launch);
   return device::launch(train_queue<BFloat16>, grid, stream, launch);
 }
 
 cudaError_t predict_members(const MemberOutputs& asked, cudaStream_t stream) {
   if (device::capability() < 80) return cudaErrorNoKernelImageForDevice;
-  const device::Grid grid{asked.blocks, 32 * asked.warps, asked.shared_bytes};
+  const device::Grid grid{asked.blocks, 32 * asked.warps, asked.shared_bytes, true};
   if (asked.dtype == Dtype::float32) return device::launch(predict_queue<float>, grid, stream, asked);
   return device::launch(predict_queue<BFloat16>, grid, stream, asked);
 }

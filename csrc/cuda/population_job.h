@@ -17,11 +17,12 @@
 
 namespace mlpkit::cuda {
 
-struct MemberTable {       // all rows, once for all members
-  const float* x;          // [rows, in]
-  const int32_t* classes;  // [rows], of losses of classes; of the others:
-  const float* target;     // [rows, outputs]
-  const float* weights;    // [rows] or nullptr where all weigh 1
+struct MemberTable {        // all rows, once for all members
+  const float* x;           // [rows, in]
+  const BFloat16* rounded;  // the same, or nullptr where no member multiplies bfloat16
+  const int32_t* classes;   // [rows], of losses of classes; of the others:
+  const float* target;      // [rows, outputs]
+  const float* weights;     // [rows] or nullptr where all weigh 1
 };
 
 struct MemberTask {
@@ -96,8 +97,8 @@ struct MemberOutputs {
   Dtype dtype;
   const MemberJob* jobs;
   int count, warps, shared_bytes, blocks;
-  uint32_t* next;  // 0
-  const float* x;  // [rows, in]
+  uint32_t* next;     // 0
+  MemberTable table;  // its x or rounded: [rows, in]
   int64_t rows;
 };
 

@@ -16,6 +16,7 @@ struct MemberHead {
   double loss, weight, counted;     // of the epoch so far; what the batch's rows count
   int taken, batch;                 // steps of the epoch; batches
   double scratch[kMemberWarps], scores[3 * kMemberWarps];
+  double squares[kMemberWarps];    // of the gradients
   float slope_sums[kMemberWarps];  // of prelu's slope
   uint32_t largest[kMemberWarps], flags[kMemberWarps];
   uint32_t next;
@@ -105,7 +106,7 @@ class MemberPass {
     device::sync();
     constexpr int wide = 16 / sizeof(T), at_once = 4;
     const int parts = row_tiles() * in_tiles(0) * (kTileElements / wide), in = job().layer[0].in;
-    const bool aligned = in % 4 == 0 && reinterpret_cast<uintptr_t>(table.x) % 16 == 0;
+    const bool aligned = in % wide == 0 && reinterpret_cast<uintptr_t>(rows_in(table, T{})) % 16 == 0;
 #pragma unroll 1
     for (int part = thread_; part < parts; part += at_once * threads()) {
       float values[at_once][wide];
@@ -169,17 +170,19 @@ class MemberPass {
     device::sync();
   }
 
-  // Gradients of all parameters, added to those before unless these are the first rows of the batch.
-  MLPKIT_DEVICE void backward(float* gradients, bool first) {
+  // Gradients of all parameters, added to those before unless these are the first rows of the batch; with its last rows
+  // the warps know their squares.
+  MLPKIT_DEVICE void backward(float* gradients, bool first, bool last) {
+    if (lane() == 0) device::store(head().squares + warp(), 0.0);
     for (int i = job().layers - 1; i >= 0; --i) {
-      weight_gradients(i, gradients, first);
+      weight_gradients(i, gradients, first, last);
       device::sync();
       if (i == 0) return;
       float slope_sum = 0.f;
       const Tiles<T> a{slot(i + 1), out_tiles(i), 1}, b{weight(i), 1, in_tiles(i)};
       product<false, true>(a, b, row_tiles(), in_tiles(i), out_tiles(i),
                            [&](int r, int c, float (&dy)[2][4]) { deactivate(i - 1, r, c, dy, slope_sum); });
-      if (job().layer[i - 1].slope >= 0) slope_gradient(i - 1, slope_sum, gradients, first);
+      if (job().layer[i - 1].slope >= 0) slope_gradient(i - 1, slope_sum, gradients, first, last);
       device::sync();
     }
   }
@@ -205,6 +208,9 @@ class MemberPass {
   }
 
  protected:
+  MLPKIT_DEVICE static const float* rows_in(const MemberTable& table, float) { return table.x; }
+  MLPKIT_DEVICE static const BFloat16* rows_in(const MemberTable& table, BFloat16) { return table.rounded; }
+
   MLPKIT_DEVICE void load_part(const MemberTable& table, int part, int parts, int in, bool aligned,
                                float (&to)[16 / sizeof(T)]) const {
     constexpr int wide = 16 / sizeof(T), per_tile = kTileElements / wide;
@@ -216,12 +222,8 @@ class MemberPass {
     const int32_t row =
         static_cast<int32_t>(device::load4(shared() + plan().index + 4 * (tile / in_tiles(0) * 16 + at.row)));
     if (row < 0 || col >= in) return;
-    const float* from = table.x + static_cast<int64_t>(row) * in + col;
-    if (aligned && col + wide <= in) {
-      device::load16(from, to);
-      if constexpr (wide == 8) device::load16(from + 4, to + 4);
-      return;
-    }
+    const T* from = rows_in(table, T{}) + static_cast<int64_t>(row) * in + col;
+    if (aligned && col + wide <= in) return device::load16(from, to);
 #pragma unroll
     for (int i = 0; i < wide; ++i)
       if (col + i < in) device::load(from + i, to[i]);
@@ -348,7 +350,8 @@ class MemberPass {
   }
 
   // dW = dz^T x and db = dz^T 1 over the pass's rows.
-  MLPKIT_DEVICE void weight_gradients(int i, float* gradients, bool first) const {
+  MLPKIT_DEVICE void weight_gradients(int i, float* gradients, bool first, bool last) const {
+    double squares = 0.0;
     const int out = out_tiles(i), in = in_tiles(i);
     const Tiles<T> a{slot(i + 1), 1, out}, b{slot(i), 1, in};
     each_item(out, in, [&](const Item& item) {
@@ -364,30 +367,44 @@ class MemberPass {
           if (w >= item.cols) continue;
           float* tile = gradients + job().layer[i].weight + ((item.row + h) * in + item.col + w) * kTileElements +
                         static_cast<int>(lane()) * 4;
-          add(tile, products[h][w][0], first);
-          add(tile + 128, products[h][w][1], first);
+          squares += add(tile, products[h][w][0], first) + add(tile + 128, products[h][w][1], first);
         }
         if (!bias || lane() % 4 != 0) continue;
         float* to = gradients + job().layer[i].bias + (item.row + h) * 16 + lane() / 4;
-        add_one(to, sums[h][0], first);
-        add_one(to + 8, sums[h][2], first);
+        squares += add_one(to, sums[h][0], first) + add_one(to + 8, sums[h][2], first);
       }
     });
+    if (!last) return;
+#pragma unroll
+    for (int lanes = 1; lanes < device::kWarp; lanes *= 2) squares += device::shuffle_xor(squares, lanes);
+    if (lane() == 0) add_square(squares);
   }
-  MLPKIT_DEVICE static void add(float* to, const float (&values)[4], bool first) {
+  // These return the square of what they leave.
+  MLPKIT_DEVICE static double add(float* to, const float (&values)[4], bool first) {
     float sum[4] = {};
     if (!first) device::load16(to, sum);
+    double square = 0.0;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) sum[e] += values[e];
+    for (int e = 0; e < 4; ++e) {
+      sum[e] += values[e];
+      square += static_cast<double>(sum[e]) * sum[e];
+    }
     device::store16(to, sum);
+    return square;
   }
-  MLPKIT_DEVICE static void add_one(float* to, float value, bool first) {
+  MLPKIT_DEVICE static double add_one(float* to, float value, bool first) {
     float sum = 0.f;
     if (!first) device::load(to, sum);
-    device::store(to, sum + value);
+    device::store(to, sum += value);
+    return static_cast<double>(sum) * sum;
+  }
+  MLPKIT_DEVICE void add_square(double square) const {
+    double before;
+    device::load(head().squares + warp(), before);
+    device::store(head().squares + warp(), before + square);
   }
 
-  MLPKIT_DEVICE void slope_gradient(int i, float sum, float* gradients, bool first) const {
+  MLPKIT_DEVICE void slope_gradient(int i, float sum, float* gradients, bool first, bool last) const {
 #pragma unroll
     for (int lanes = 1; lanes < device::kWarp; lanes *= 2) sum += device::shuffle_xor(sum, lanes);
     if (lane() == 0) device::store(head().slope_sums + warp(), sum);
@@ -399,7 +416,8 @@ class MemberPass {
       device::load(head().slope_sums + warp, one);
       all += one;
     }
-    add_one(gradients + job().layer[i].slope, all, first);
+    const double square = add_one(gradients + job().layer[i].slope, all, first);
+    if (last) add_square(square);
   }
 
   int thread_, warps_;

@@ -1,4 +1,4 @@
-// A member's update and what must be known before it (cuda): largest magnitudes, the gradients' squares.
+// A member's update and what must be known before it (cuda): largest magnitudes.
 #pragma once
 #include "cuda/population_pass.h"
 
@@ -50,17 +50,6 @@ MLPKIT_DEVICE uint32_t inspect_member(const MemberJob& job, int thread, int thre
       if (values[i] < 0.f) largest = 0x7fffffffu;
   }
   return largest;
-}
-
-MLPKIT_DEVICE double squares_of(const float* gradients, int floats, int thread, int threads) {
-  double sum = 0.0;
-  for (int at = 4 * thread; at < floats; at += 4 * threads) {
-    float g[4];
-    device::load16(gradients + at, g);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum += static_cast<double>(g[i]) * g[i];
-  }
-  return sum;
 }
 
 // One update by a formula of core/optimizer.h; writes: parameters, moments and what is multiplied, otherwise only

@@ -40,6 +40,10 @@ cuda::MemberShape shape_of(const MemberNetwork& network, const MemberRecipe& rec
   return shape;
 }
 
+bool any_rounds(const std::vector<PopulationMember*>& members) {
+  return std::any_of(members.begin(), members.end(), [](const auto* member) { return member->network.bfloat16; });
+}
+
 // One part of a member's state between the host's order and the device's; to_device: from `host` to `device`.
 void move_part(const PopulationMember& member, const cuda::MemberPlaces& places, float* host, float* device,
                bool to_device) {
@@ -98,12 +102,21 @@ void PopulationDevice::Table::upload(int device, const PopulationData& data) {
   classes = copied(data.classes);
   target = copied(data.target);
   weights = copied(data.weights);
-  at = {x.as<float>(), classes.as<int32_t>(), target.as<float>(), weights.as<float>()};
+  at = {x.as<float>(), nullptr, classes.as<int32_t>(), target.as<float>(), weights.as<float>()};
+}
+
+// Once, with the first member that multiplies bfloat16.
+void PopulationDevice::Table::round(int device, const at::Tensor& x) {
+  if (at.rounded) return;
+  const at::Tensor half = x.to(at::kBFloat16);
+  rounded = DeviceMemory(device, static_cast<int64_t>(half.nbytes()));
+  rounded.fill(half.const_data_ptr(), rounded.bytes());
+  at.rounded = rounded.as<BFloat16>();
 }
 
 PopulationDevice::PopulationDevice(int device, const PopulationTask& task, const PopulationData& data,
                                    const PopulationData& validation)
-    : device_(device), task_(task) {
+    : device_(device), task_(task), x_(data.x), validation_x_(validation.x) {
   const PopulationBackend& offered = backend();
   TORCH_CHECK_NOT_IMPLEMENTED(cuda_kernels() == CudaKernels::all,
                               "population: the CUDA kernels wait for their proof on a device; "
@@ -112,11 +125,8 @@ PopulationDevice::PopulationDevice(int device, const PopulationTask& task, const
   TORCH_CHECK_NOT_IMPLEMENTED(!obstacle, "population: ", obstacle);
   facts_ = offered.describe(device);
   data_.upload(device, data);
-  const bool same = data.x.is_same(validation.x) && data.weights.is_same(validation.weights);
-  if (same)
-    validation_.at = data_.at;
-  else
-    validation_.upload(device, validation);
+  one_table_ = data.x.is_same(validation.x) && data.weights.is_same(validation.weights);
+  if (!one_table_) validation_.upload(device, validation);
 }
 
 std::string PopulationDevice::obstacle(const MemberNetwork& network, const MemberRecipe& recipe, int64_t rows) const {
@@ -275,6 +285,10 @@ void PopulationDevice::train(const std::vector<MemberPlace>& queue, int64_t epoc
     epochs_of[place.member] = static_cast<int>(std::min({epochs, place.epochs, int64_t{1} << 20}));
   }
   std::vector<Batch> batches = grouped(members, true);
+  if (any_rounds(members)) {
+    data_.round(device_, x_);
+    if (!one_table_) validation_.round(device_, validation_x_);
+  }
   // Tables and results of all launches, each at its place in one piece of memory.
   StepTables tables;
   int64_t curves = 0, count = 0;
@@ -321,7 +335,7 @@ void PopulationDevice::train(const std::vector<MemberPlace>& queue, int64_t epoc
     launch.dtype = batch.group.dtype;
     launch.task = {task_.loss, static_cast<float>(task_.delta), task_.metric};
     launch.table = data_.at;
-    launch.validation = validation_.at;
+    launch.validation = one_table_ ? data_.at : validation_.at;
     launch.jobs = job;
     launch.count = static_cast<int>(batch.jobs.size());
     job += launch.count;
@@ -407,10 +421,12 @@ at::Tensor PopulationDevice::predict(const std::vector<PopulationMember*>& membe
   const int64_t rows = x.size(0), out = members.front()->layers.back().out, each = rows * out;
   at::Tensor y = at::empty({static_cast<int64_t>(members.size()), rows, out}, at::kFloat);
   std::vector<Batch> batches = grouped(members, false);
-  const DeviceMemory from(device_, static_cast<int64_t>(x.nbytes())), to(device_, static_cast<int64_t>(y.nbytes())),
+  const DeviceMemory to(device_, static_cast<int64_t>(y.nbytes())),
       jobs(device_, static_cast<int64_t>(sizeof(cuda::MemberJob) * members.size())),
       next(device_, 4 * static_cast<int64_t>(batches.size()));
-  from.fill(x.const_data_ptr(), from.bytes());
+  Table asked;
+  asked.upload(device_, {x, {}, {}, {}});
+  if (any_rounds(members)) asked.round(device_, x);
   std::vector<uint32_t> zeros(batches.size(), 0);
   next.fill(zeros.data(), next.bytes());
   std::map<const PopulationMember*, std::vector<int64_t>> places;  // a member may be asked for twice
@@ -420,7 +436,7 @@ at::Tensor PopulationDevice::predict(const std::vector<PopulationMember*>& membe
   for (Batch& batch : batches) {
     launches.push_back({batch.group.dtype, jobs.as<cuda::MemberJob>() + all.size(), static_cast<int>(batch.jobs.size()),
                         batch.group.warps, batch.shared_bytes, blocks_of(batch), next.as<uint32_t>() + launches.size(),
-                        from.as<float>(), rows});
+                        asked.at, rows});
     for (size_t i = 0; i < batch.jobs.size(); ++i) {
       cuda::MemberJob& job = batch.jobs[i];
       const PopulationMember& member = *batch.members[i];

@@ -78,9 +78,10 @@ class PopulationDevice {
     std::vector<StepTables::Places> tables = {};
   };
   struct Table {
-    DeviceMemory x, classes, target, weights;
+    DeviceMemory x, rounded, classes, target, weights;
     cuda::MemberTable at{};
     void upload(int device, const PopulationData& data);
+    void round(int device, const at::Tensor& x);
   };
 
   Resident& resident(PopulationMember& member);
@@ -95,6 +96,8 @@ class PopulationDevice {
   int device_;
   PopulationTask task_;
   cuda::MemberDevice facts_;
+  at::Tensor x_, validation_x_;
+  bool one_table_ = false;  // members are validated on rows of the table that they are trained on
   Table data_, validation_;
   std::map<const PopulationMember*, Resident> residents_;
   std::map<const void*, std::pair<at::Tensor, DeviceMemory>> rows_;  // by where they lie on the host

@@ -35,6 +35,7 @@ struct Grid {
   int64_t blocks;
   int threads;
   int shared_bytes = 0;
+  bool mostly_shared = false;
 };
 
 // What emulator.cpp, memory.cpp and tensor.cpp do.
