@@ -13,6 +13,7 @@
 #include "core/philox.h"
 #include "cpu/capability.h"
 #include "ops/cuda_kernels.h"
+#include "ops/drawn_seed.h"
 #include "ops/gemm.h"
 #include "ops/linear_act_dropout.h"
 #include "ops/look.h"
@@ -59,6 +60,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x"), py::arg("weights"), py::arg("biases"), py::arg("slopes"), py::arg("norm_weights"),
       py::arg("norm_biases"), py::arg("means"), py::arg("variances"), py::arg("seed"), py::arg("norm"), py::arg("eps"),
       py::arg("activation"), py::arg("negative_slope"), py::arg("p"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("drawn_seed", &mlpkit::drawn_seed, py::arg("device"), py::call_guard<py::gil_scoped_release>());
 
   mlpkit::observing::bind_observe(m);
   mlpkit::bind_outputs(m);

@@ -1,7 +1,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, device
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -31,6 +31,7 @@ def norm_act_dropout(
     p: float,
     stream: int,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def drawn_seed(device: device) -> Tensor: ...
 def mlp(
     x: Tensor,
     weights: list[Tensor],

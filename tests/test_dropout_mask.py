@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_reference import KNOWN_ANSWERS, words
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlpkit import reference
 from mlpkit._ext import _C
@@ -104,3 +105,41 @@ def test_the_op_realises_the_p_of_the_contract(p):
     y = native_output(512, 512, p, 1)
     keep, scale = reference.dropout_mask(512, 512, p, 1)
     assert torch.equal(y, keep * torch.tensor(scale))
+
+
+def randint_seed():
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
+
+
+def test_a_drawn_seed_is_torch_randint_s_and_leaves_its_generator_alike():
+    for start in range(50):
+        torch.manual_seed(start)
+        stock, generator = randint_seed(), torch.get_rng_state()
+        torch.manual_seed(start)
+        assert torch.equal(_C.drawn_seed(torch.device("cpu")), stock)
+        assert torch.equal(torch.get_rng_state(), generator)
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket._qualified_op_name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_draw_of_a_seed():
+    torch.manual_seed(3)
+    with Names() as mode:
+        seed = _C.drawn_seed(torch.device("cpu"))
+    assert "aten::randint" in mode.seen
+    torch.manual_seed(3)
+    assert torch.equal(seed, randint_seed())
+
+
+def test_a_drawn_seed_is_an_error_under_vmap_as_torch_randint_is():
+    draw = torch.vmap(lambda x: x * linear_act_dropout(x[None], torch.eye(3), p=0.5))
+    with pytest.raises(RuntimeError, match="randomness"):
+        draw(torch.ones(2, 3))

@@ -37,6 +37,17 @@ struct GemmLanes {  // lanes = op(a), which is [rows, depth]
   float* lanes;  // kLaneFloats, row stride kGemmStride
 };
 
+// Rows of up to two matrices that are wanted next. A product leaves the ways to memory idle, so they are fetched into
+// the second-level cache while it runs, as many as it has time for.
+struct GemmFetch {
+  struct Matrix {
+    const void* data;
+    int64_t stride, width;  // of a row, in bytes; no width: nothing to fetch
+  };
+  Matrix matrices[2] = {};
+  int64_t rows = 0;
+};
+
 struct GemmMultiply {  // c = op(a) op(b), or c += op(a) op(b)
   int64_t rows, cols, depth;
   const float* lanes;                // of op(a)
@@ -45,6 +56,7 @@ struct GemmMultiply {  // c = op(a) op(b), or c += op(a) op(b)
   float* c;
   int64_t ldc;
   bool add;
+  GemmFetch fetch = {};
 };
 
 }  // namespace mlpkit

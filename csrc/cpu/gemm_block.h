@@ -133,10 +133,35 @@ struct Rows {
   int64_t row_stride, depth_stride;
 };
 
-template <class Lane, int rows>
-void block(const Rows& a, const float* panel, int64_t steps, float* c, int64_t ldc, int64_t cols, bool add) {
+// The rows that are to be fetched, one after the other: of the two matrices in turn.
+class Fetching {
+ public:
+  // Spread evenly over so many products.
+  Fetching(const GemmFetch& fetch, int64_t products)
+      : fetch_(fetch), rows_(2 * fetch.rows), share_(products ? (rows_ + products - 1) / products : 0) {}
+  bool any() const { return rows_ > 0; }
+  // Calls body(line, lines) for each row of one product's share, until it says that it has no time left.
+  template <class Body>
+  MLPKIT_HD void each_row(Body&& body) {
+    for (const int64_t end = smaller(next_ + share_, rows_); next_ < end; ++next_) {
+      const GemmFetch::Matrix& matrix = fetch_.matrices[next_ % 2];
+      if (matrix.width && !body(static_cast<const char*>(matrix.data) + next_ / 2 * matrix.stride,
+                                (matrix.width + kLineBytes - 1) / kLineBytes))
+        return;
+    }
+  }
+  static constexpr int64_t kLineBytes = 64;
+
+ private:
+  const GemmFetch& fetch_;
+  int64_t rows_, share_, next_ = 0;
+};
+
+template <class Lane, int rows, bool fetches = false>
+void block(const Rows& a, const float* panel, int64_t steps, float* c, int64_t ldc, int64_t cols, bool add,
+           Fetching* fetching = nullptr) {
   FloatVec sums[rows][kBlockVecs] = {};
-  for (int64_t k = 0; k < steps; ++k) {
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
     FloatVec b[kBlockVecs];
     for (int j = 0; j < kBlockVecs; ++j) load(panel + k * kBlockCols + j * kLanes, b[j]);
 #pragma GCC unroll 16
@@ -144,7 +169,18 @@ void block(const Rows& a, const float* panel, int64_t steps, float* c, int64_t l
       const FloatVec broadcast = repeat(a.data + i * a.row_stride + k * a.depth_stride);
       for (int j = 0; j < kBlockVecs; ++j) sums[i][j] = Lane::multiply_add(broadcast, b[j], sums[i][j]);
     }
-  }
+  };
+  int64_t k = 0;
+  if constexpr (fetches)
+    fetching->each_row([&](const char* line, int64_t lines) __attribute__((always_inline)) {
+      const int64_t end = smaller(k + lines, steps);
+      for (; k < end; ++k, line += Fetching::kLineBytes) {
+        __builtin_prefetch(line, 0, 2);
+        step(k);
+      }
+      return k < steps;
+    });
+  for (; k < steps; ++k) step(k);
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
     float edge[kBlockCols];
@@ -174,14 +210,22 @@ void multiply(const GemmMultiply& g) {
   const bool few = g.rows < kGemmFewLines || g.cols < kGemmFewLines;
   const int64_t steps = (g.depth + Lane::per_lane - 1) / Lane::per_lane;
   const int64_t longest = few ? kShortSum / Lane::per_lane : kGemmDepth;
+  Fetching fetching(g.fetch, (g.cols + kBlockCols - 1) / kBlockCols * (g.rows / kBlockRows));
   int64_t k = 0;
   do {  // once even where the depth is 0, to write the zeros
+    const int64_t depth = smaller(longest, steps - k);
     for (int64_t col = 0; col < g.cols; col += kBlockCols)
-      for (int64_t row = 0; row < g.rows; row += kBlockRows)
-        block_of<Lane, kBlockRows>(g.rows - row,
-                                   {g.lanes + row * g.row_stride + k * g.depth_stride, g.row_stride, g.depth_stride},
-                                   g.panels + col * steps + k * kBlockCols, smaller(longest, steps - k),
-                                   g.c + row * g.ldc + col, g.ldc, smaller(kBlockCols, g.cols - col), g.add || k > 0);
+      for (int64_t row = 0; row < g.rows; row += kBlockRows) {
+        const Rows a{g.lanes + row * g.row_stride + k * g.depth_stride, g.row_stride, g.depth_stride};
+        const float* panel = g.panels + col * steps + k * kBlockCols;
+        float* c = g.c + row * g.ldc + col;
+        const int64_t cols = smaller(kBlockCols, g.cols - col);
+        const bool add = g.add || k > 0;
+        if (fetching.any() && g.rows - row >= kBlockRows)
+          block<Lane, kBlockRows, true>(a, panel, depth, c, g.ldc, cols, add, &fetching);
+        else
+          block_of<Lane, kBlockRows>(g.rows - row, a, panel, depth, c, g.ldc, cols, add);
+      }
     k += longest;
   } while (k < steps);
 }

@@ -86,35 +86,65 @@ struct CarriedSum {
   double value() const { return std::isfinite(sum) ? sum + carry : sum; }
 };
 
-// Sums over blocks of rows of per-block column sums [blocks, cols]: one a column, or (sums = 1) one of them all.
-inline std::vector<double> sum_blocks(const at::Tensor& partials, int64_t sums) {
+// Calls body(first, sums, count) with the sums over blocks of rows of per-block column sums [blocks, cols]: some
+// columns' after the other, or (total) one of them all.
+template <class Body>
+void each_sum(const at::Tensor& partials, bool total, Body&& body) {
+  constexpr int64_t together = 32;
   const int64_t blocks = partials.size(0), cols = partials.size(1);
   const bool doubles = partials.scalar_type() == at::kDouble;
   const double* wide = doubles ? partials.const_data_ptr<double>() : nullptr;
   const float* narrow = doubles ? nullptr : partials.const_data_ptr<float>();
-  std::vector<CarriedSum> carried(sums);
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t col = 0; col < cols; ++col) {
-      const int64_t i = block * cols + col;
-      carried[sums == 1 ? 0 : col].add(doubles ? wide[i] : narrow[i]);
-    }
-  std::vector<double> totals(sums);
-  for (int64_t i = 0; i < sums; ++i) totals[i] = carried[i].value();
+  CarriedSum of_all;
+  for (int64_t first = 0; first < cols; first += together) {
+    CarriedSum carried[together];
+    const int64_t count = std::min(together, cols - first);
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t col = 0; col < count; ++col) {
+        const int64_t i = block * cols + first + col;
+        (total ? of_all : carried[col]).add(doubles ? wide[i] : narrow[i]);
+      }
+    double sums[together];
+    for (int64_t col = 0; col < count; ++col) sums[col] = carried[col].value();
+    if (!total) body(first, sums, count);
+  }
+  const double sum = of_all.value();
+  if (total) body(int64_t{0}, &sum, int64_t{1});
+}
+
+inline std::vector<double> sum_blocks(const at::Tensor& partials) {
+  std::vector<double> totals(partials.size(1));
+  each_sum(partials, false, [&](int64_t first, const double* sums, int64_t count) {
+    std::copy(sums, sums + count, totals.begin() + first);
+  });
   return totals;
 }
 
-// A tensor like `like`, each number rounded once to its dtype, or once to float and then to 16 bits.
-inline at::Tensor rounded_like(const std::vector<double>& values, const at::Tensor& like, Dtype dtype) {
-  at::Tensor result = at::empty(like.sizes(), like.options());
-  if (like.scalar_type() == at::kDouble) {
-    std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
-    return result;
+// to[first] and on = values, each rounded once to the tensor's dtype, or once to float and then to 16 bits.
+inline void round_to(at::Tensor& to, int64_t first, const double* values, int64_t count, Dtype dtype) {
+  if (to.scalar_type() == at::kDouble) {
+    std::copy(values, values + count, to.mutable_data_ptr<double>() + first);
+  } else if (to.scalar_type() == at::kFloat) {
+    std::copy(values, values + count, to.mutable_data_ptr<float>() + first);
+  } else {
+    const std::vector<float> floats(values, values + count);
+    cpu::convert({Dtype::float32, dtype, floats.data(), at_element(to, first), count});
   }
-  std::vector<float> floats(values.begin(), values.end());
-  if (like.scalar_type() == at::kFloat)
-    std::copy(floats.begin(), floats.end(), result.mutable_data_ptr<float>());
-  else
-    cpu::convert({Dtype::float32, dtype, floats.data(), result.mutable_data_ptr(), result.numel()});
+}
+
+inline at::Tensor rounded(const std::vector<double>& values, at::IntArrayRef sizes, const at::TensorOptions& options,
+                          Dtype dtype) {
+  at::Tensor result = at::empty(sizes, options);
+  round_to(result, 0, values.data(), static_cast<int64_t>(values.size()), dtype);
+  return result;
+}
+
+// The sums over blocks, of every column or (where that has one element) of all, rounded.
+inline at::Tensor summed(const at::Tensor& partials, at::IntArrayRef sizes, const at::TensorOptions& options,
+                         Dtype dtype) {
+  at::Tensor result = at::empty(sizes, options);
+  each_sum(partials, result.numel() == 1,
+           [&](int64_t first, const double* sums, int64_t count) { round_to(result, first, sums, count, dtype); });
   return result;
 }
 

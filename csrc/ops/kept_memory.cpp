@@ -17,7 +17,8 @@
 namespace mlpkit {
 namespace {
 
-constexpr size_t kSmallest = size_t{256} << 10;  // bytes: smaller blocks the C library keeps by itself
+// Smaller blocks the C library keeps by itself; whenever one of this size is freed, it merges all its small ones.
+constexpr size_t kSmallest = size_t{64} << 10;
 constexpr size_t kHugePage = size_t{2} << 20, kLine = 64;
 
 struct MemoryBlock {

@@ -41,26 +41,30 @@ ForwardResult forward_of_blocks(const at::Tensor& x, const at::Tensor& weight, c
   const Dropout dropout = dropout_of(op, seed, stream);
   const Operand left{op.dtype, inputs.const_data_ptr(), op.depth, false};
   const Operand right{op.dtype, weights.const_data_ptr(), op.depth, true};
+  const std::array<PassedOver, 2> written = {
+      PassedOver{y.const_data_ptr(), op.cols, y.element_size()},
+      PassedOver{z.numel() ? z.const_data_ptr() : nullptr, op.cols, z.element_size()}};
   const int64_t down = ceil_div(op.rows, kTileRows);
   if (absmax) absmax->assign(down * ceil_div(op.cols, kTileCols), 0.0);
   each_block({op.rows, op.cols, kTileRows, kTileCols, op.depth}, [&](const Block& block, Scratch& scratch) {
     double* largest = absmax ? &(*absmax)[block.col / kTileCols * down + block.row / kTileRows] : nullptr;
-    multiply_in_strips(left, right, op.depth, block, scratch, [&](const Block& strip, const void* c, int64_t ldc) {
-      cpu::act_dropout_forward({{strip.row, strip.rows, strip.col, strip.cols, op.cols},
-                                op.dtype,
-                                op.activation,
-                                dropout,
-                                slopes.single,
-                                c,
-                                ldc,
-                                data_or_null(biases),
-                                data_or_null(slopes.by_column),
-                                y.mutable_data_ptr(),
-                                z.numel() ? z.mutable_data_ptr() : nullptr,
-                                planes.keep,
-                                planes.positive,
-                                largest});
-    });
+    multiply_in_strips(left, right, op.depth, block, scratch, written,
+                       [&](const Block& strip, const void* c, int64_t ldc) {
+                         cpu::act_dropout_forward({{strip.row, strip.rows, strip.col, strip.cols, op.cols},
+                                                   op.dtype,
+                                                   op.activation,
+                                                   dropout,
+                                                   slopes.single,
+                                                   c,
+                                                   ldc,
+                                                   data_or_null(biases),
+                                                   data_or_null(slopes.by_column),
+                                                   y.mutable_data_ptr(),
+                                                   z.numel() ? z.mutable_data_ptr() : nullptr,
+                                                   planes.keep,
+                                                   planes.positive,
+                                                   largest});
+                       });
   });
   return {y, z, bits};
 }
@@ -128,11 +132,19 @@ BackwardResult backward(const at::Tensor& dy, const at::Tensor& x, const at::Ten
   at::Tensor dx = needs[0] ? empty_kept(x.sizes(), options) : absent;
   at::Tensor dweight = needs[1] ? empty_kept(weight.sizes(), options) : absent;
   at::Tensor dbias = absent, dslope = absent;
-  multiply_dz({op.rows, op.cols, op.depth, op.dtype, inputs.const_data_ptr(), weights.const_data_ptr(),
-               needs[0] ? dx.mutable_data_ptr() : nullptr, needs[1] ? dweight.mutable_data_ptr() : nullptr},
+  multiply_dz({op.rows,
+               op.cols,
+               op.depth,
+               op.dtype,
+               inputs.const_data_ptr(),
+               weights.const_data_ptr(),
+               needs[0] ? dx.mutable_data_ptr() : nullptr,
+               needs[1] ? dweight.mutable_data_ptr() : nullptr,
+               {PassedOver{dys.const_data_ptr(), op.cols, dys.element_size()},
+                PassedOver{z.numel() ? z.const_data_ptr() : nullptr, op.cols, z.element_size()}}},
               form_dz);
-  if (needs[2]) dbias = rounded_like(sum_blocks(dbias_partials, op.cols), at::empty({op.cols}, options), op.dtype);
-  if (want_dslope) dslope = rounded_like(sum_blocks(dslope_partials, slope->numel()), *slope, op.dtype);
+  if (needs[2]) dbias = summed(dbias_partials, {op.cols}, options, op.dtype);
+  if (want_dslope) dslope = summed(dslope_partials, slope->sizes(), slope->options(), op.dtype);
   return {dx, dweight, dbias, dslope};
 }
 

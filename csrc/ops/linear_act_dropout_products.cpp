@@ -22,9 +22,11 @@ static_assert(kTileRows * kPairStride / 2 + kTileRows / 2 * kGemmStride <= kLane
 bool low_precision(Dtype dtype) { return dtype == Dtype::bfloat16 || dtype == Dtype::float16; }
 bool in_pairs(Dtype dtype) { return dtype == Dtype::bfloat16 && prefers_bfloat16_pairs(); }
 
-DzTile tile_in(float* lanes, bool pairs) {
-  if (!pairs) return {lanes, kGemmStride, nullptr, 0};
-  return {lanes, kPairStride, reinterpret_cast<uint32_t*>(lanes + kTileRows * kPairStride / 2), kGemmStride};
+// A tile of dz from an even row of it on.
+DzTile tile_in(float* lanes, bool pairs, int64_t row = 0) {
+  if (!pairs) return {lanes + row * kGemmStride, kGemmStride, nullptr, 0};
+  auto* down = reinterpret_cast<uint32_t*>(lanes + kTileRows * kPairStride / 2);
+  return {lanes + row * kPairStride / 2, kPairStride, down + row / 2 * kGemmStride, kGemmStride};
 }
 
 enum class Gradient { of_x, of_weight };
@@ -33,14 +35,15 @@ struct Sum {  // where a product goes: c = or c +=
   float* c;
   int64_t stride, cols;
   bool add;
+  GemmFetch fetch = {};
 };
 
 // From a block of dz, in lanes: of_x is dz W, a sum over its columns; of_weight is dz^T x for `rows` of its columns, a
 // sum over its rows.
 void multiply_tile(Gradient gradient, const float* lanes, bool pairs, int64_t rows, int64_t depth, const float* panels,
                    const Sum& sum) {
-  GemmMultiply product{rows, sum.cols, depth, lanes,      pairs ? kPairStride / 2 : kGemmStride,
-                       1,    panels,   sum.c, sum.stride, sum.add};
+  GemmMultiply product{rows,  sum.cols,   depth,   lanes,    pairs ? kPairStride / 2 : kGemmStride, 1, panels,
+                       sum.c, sum.stride, sum.add, sum.fetch};
   if (gradient == Gradient::of_weight) {
     if (pairs) product.lanes += kTileRows * kPairStride / 2;
     product.row_stride = 1;
@@ -90,8 +93,8 @@ class ThinProducts {
     units_ = ceil_div(inner_blocks_, blocks_a_unit_);
     const Operand x{problem.dtype, problem.x, problem.depth, false};
     const Operand weight{problem.dtype, problem.weight, problem.depth, false};
-    sides_[0] = {Gradient::of_x, weight, problem.dx, problem.rows};
-    sides_[1] = {Gradient::of_weight, x, problem.dweight, problem.cols};
+    sides_[0] = {Gradient::of_x, weight, problem.dx, problem.rows, {}, nullptr};
+    sides_[1] = {Gradient::of_weight, x, problem.dweight, problem.cols, {}, nullptr};
   }
 
   void run() {
@@ -118,7 +121,7 @@ class ThinProducts {
     void* out;
     int64_t rows;
     at::Tensor own;  // sums of a gradient in low precision
-    float* sum = nullptr;
+    float* sum;
 
     void prepare(const DzProducts& problem) {
       if (!out) return;
@@ -140,13 +143,36 @@ class ThinProducts {
     return {row, std::min(kTileRows, problem_.rows - row), col, std::min(kTileCols, problem_.cols - col)};
   }
 
-  void multiply(const Side& side, const Block& dz, Scratch& scratch, float* c, bool add) const {
-    const bool of_x = side.gradient == Gradient::of_x;
-    const int64_t rows = of_x ? dz.rows : dz.cols, depth = of_x ? dz.cols : dz.rows;
-    const float* panels =
-        packed(side.operand, pairs_, of_x ? dz.col : dz.row, depth, 0, problem_.depth, scratch, of_x ? 0 : 1);
-    multiply_tile(side.gradient, scratch.lanes(), pairs_, rows, depth, panels,
-                  {c, problem_.depth, problem_.depth, add});
+  // Products of one block of dz: strip by strip as it is formed for dx, whole for dW. While they run, the numbers that
+  // the next strip is formed of are fetched.
+  void multiply(const Block& dz, const Block& next, Scratch& scratch, const Sum& dx, const Sum& dweight) const {
+    const GemmFetch fetch_next = fetch_of(problem_.formed_of, {next.row, strip_rows(next.rows), next.col, next.cols});
+    const float* of_weight = packed_for(sides_[0], dz.col, dz.cols, scratch);
+    for (int64_t row = 0, rows; row < dz.rows; row += rows) {
+      rows = strip_rows(dz.rows - row);
+      const DzTile tile = tile_in(scratch.lanes(), pairs_, row);
+      form_dz_({dz.row + row, rows, dz.col, dz.cols}, tile);
+      if (!dx.c) continue;
+      Sum sum = dx;
+      sum.c += row * problem_.depth;
+      const int64_t after = row + rows, rest = dz.rows - after;
+      if (rest)
+        sum.fetch = fetch_of(problem_.formed_of, {dz.row + after, strip_rows(rest), dz.col, dz.cols});
+      else if (!dweight.c)
+        sum.fetch = fetch_next;
+      multiply_tile(Gradient::of_x, static_cast<float*>(tile.data), pairs_, rows, dz.cols, of_weight, sum);
+    }
+    if (!dweight.c) return;
+    Sum sum = dweight;
+    sum.fetch = fetch_next;
+    multiply_tile(Gradient::of_weight, scratch.lanes(), pairs_, dz.cols, dz.rows,
+                  packed_for(sides_[1], dz.row, dz.rows, scratch), sum);
+  }
+
+  const float* packed_for(const Side& side, int64_t from, int64_t depth, Scratch& scratch) const {
+    if (!side.out) return nullptr;
+    return packed(side.operand, pairs_, from, depth, 0, problem_.depth, scratch,
+                  side.gradient == Gradient::of_x ? 0 : 1);
   }
 
   // Adding a product to a sum is one addition, the same as adding it later, only where it is summed in one block.
@@ -157,23 +183,26 @@ class ThinProducts {
   void work(int64_t unit, bool in_place) const {
     const Side &inner_side = sides_[by_cols_ ? 0 : 1], &outer_side = sides_[by_cols_ ? 1 : 0];
     Scratch& scratch = Scratch::mine();
-    const int64_t first = unit * blocks_a_unit_, last = std::min(first + blocks_a_unit_, inner_blocks_);
+    const int64_t first = unit * blocks_a_unit_, end = std::min(first + blocks_a_unit_, inner_blocks_);
     const int64_t tile = kTileRows * problem_.depth;
     for (int64_t outer = 0; outer < outer_blocks_; ++outer) {
       const bool direct = unit == 0 || (in_place && adds_once(block(outer, first)));
       float* total = inner_side.sum + outer * tile;
       float* c = direct ? total : in_place ? static_cast<float*>(scratch.tile()) : partial(unit) + outer * tile;
-      for (int64_t inner = first; inner < last; ++inner) {
-        const Block dz = block(outer, inner);
-        form_dz_(dz, tile_in(scratch.lanes(), pairs_));
-        if (inner_side.out) multiply(inner_side, dz, scratch, c, inner > first || (direct && unit > 0));
-        if (outer_side.out) multiply(outer_side, dz, scratch, outer_side.sum + inner * tile, outer > 0);
+      for (int64_t inner = first; inner < end; ++inner) {
+        const Sum of_inner = sum_at(inner_side.out ? c : nullptr, inner > first || (direct && unit > 0));
+        const Sum of_outer = sum_at(outer_side.out ? outer_side.sum + inner * tile : nullptr, outer > 0);
+        const bool last = inner + 1 == end;
+        const Block next = outer + last == outer_blocks_ ? Block{} : block(outer + last, last ? first : inner + 1);
+        multiply(block(outer, inner), next, scratch, by_cols_ ? of_inner : of_outer, by_cols_ ? of_outer : of_inner);
       }
       if (!inner_side.out || direct || !in_place) continue;
       const int64_t count = std::min(tile, inner_side.rows * problem_.depth - outer * tile);
       for (int64_t i = 0; i < count; ++i) total[i] += c[i];
     }
   }
+
+  Sum sum_at(float* c, bool add) const { return {c, problem_.depth, problem_.depth, add}; }
 
   float* partial(int64_t unit) const { return partials_ ? partials_ + (unit - 1) * partial_size_ : nullptr; }
 

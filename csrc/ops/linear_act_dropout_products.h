@@ -1,5 +1,6 @@
 // The two products of linear_act_dropout's backward pass on the CPU: dx = dz W and dW = dz^T x (ops).
 #pragma once
+#include <array>
 #include <functional>
 
 #include "cpu/linear_act_dropout.h"
@@ -12,11 +13,12 @@ struct DzProducts {
   Dtype dtype;
   const void* x;
   const void* weight;
-  void* dx;       // like x, or nullptr where it is not wanted
-  void* dweight;  // like W, or nullptr
+  void* dx;                             // like x, or nullptr where it is not wanted
+  void* dweight;                        // like W, or nullptr
+  std::array<PassedOver, 2> formed_of;  // what dz is formed of
 };
 
-// Writes dz of a block of at most kTileRows x kTileCols that starts at multiples of them.
+// Writes dz of a block of at most kTileRows x kTileCols that lies in one tile and starts at multiples of 16.
 using FormDz = std::function<void(const Block&, const DzTile&)>;
 
 // Calls form_dz for every block once, and multiplies.

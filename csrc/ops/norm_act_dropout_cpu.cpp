@@ -143,13 +143,14 @@ class ColumnSums {
     return parts_.defined() ? at_element(parts_, block.row / kBlockRows * parts_.size(1)) : nullptr;
   }
   const std::vector<double>& totals() {
-    if (totals_.empty()) totals_ = sum_blocks(parts_, parts_.size(1));
+    if (totals_.empty()) totals_ = sum_blocks(parts_);
     return totals_;
   }
   // As the gradient of `like`, which has one element a column, or one for all.
   at::Tensor gradient_of(const at::Tensor& like, Dtype dtype) {
     const bool by_column = like.numel() == parts_.size(1);
-    return rounded_like(by_column ? totals() : sum_blocks(parts_, 1), like, dtype);
+    return by_column ? rounded(totals(), like.sizes(), like.options(), dtype)
+                     : summed(parts_, like.sizes(), like.options(), dtype);
   }
 
  private:
@@ -167,7 +168,7 @@ at::Tensor column_means(const NormActDropout& op, ColumnSums& sums, const at::Te
                                                        : weights.const_data_ptr<float>()[col];
     means[col] = means[col] * weight / static_cast<double>(op.rows);
   }
-  return rounded_like(means, at::empty({op.cols}, options), op.dtype);
+  return rounded(means, {op.cols}, options, op.dtype);
 }
 
 BackwardResult backward(const at::Tensor& dy, const at::Tensor& z, const OptionalTensor& weight,

@@ -86,6 +86,20 @@ void each_block(const Tiling& tiling, const std::function<void(const Block&, Scr
   });
 }
 
+int64_t strip_rows(int64_t rest) { return rest >= kStripRows + kGemmFewLines ? kStripRows : rest; }
+
+GemmFetch fetch_of(const std::array<PassedOver, 2>& matrices, const Block& block) {
+  GemmFetch fetch;
+  fetch.rows = block.rows;
+  for (int i = 0; i < 2; ++i) {
+    const auto& [data, cols, size] = matrices[i];
+    if (data)
+      fetch.matrices[i] = {static_cast<const char*>(data) + (block.row * cols + block.col) * size, cols * size,
+                           block.cols * size};
+  }
+  return fetch;
+}
+
 bool prefers_bfloat16_pairs() { return cpu::capability() == cpu::Capability::avx512_bf16; }
 
 const float* packed(const Operand& b, bool pairs, int64_t from, int64_t depth, int64_t col, int64_t cols,
@@ -118,6 +132,7 @@ void multiply_doubles(const Operand& a, const Operand& b, int64_t depth, const B
 }
 
 void multiply_in_strips(const Operand& a, const Operand& b, int64_t depth, const Block& block, Scratch& scratch,
+                        const std::array<PassedOver, 2>& passed_over,
                         const std::function<void(const Block&, const void*, int64_t)>& body) {
   if (a.dtype == Dtype::float64) {
     multiply_doubles(a, b, depth, block, static_cast<double*>(scratch.tile()), block.cols);
@@ -133,12 +148,13 @@ void multiply_in_strips(const Operand& a, const Operand& b, int64_t depth, const
     const float* panels = packed(b, pairs, k, numbers, block.col, block.cols, scratch, 0);
     const Lanes lanes = lanes_of(a, pairs, block.row, block.rows, k, numbers, scratch);
     for (int64_t row = 0, rows; row < block.rows; row += rows) {
-      rows = block.rows - row;
-      if (last && rows >= kStripRows + kGemmFewLines) rows = kStripRows;
+      rows = last ? strip_rows(block.rows - row) : block.rows;
+      const Block strip{block.row + row, rows, block.col, block.cols};
       float* c = k == 0 && last ? tile : tile + row * block.cols;
-      multiply_packed(pairs, {rows, block.cols, numbers, lanes.data + row * lanes.row_stride, lanes.row_stride,
-                              lanes.depth_stride, panels, c, block.cols, k > 0});
-      if (last) body({block.row + row, rows, block.col, block.cols}, c, block.cols);
+      multiply_packed(
+          pairs, {rows, block.cols, numbers, lanes.data + row * lanes.row_stride, lanes.row_stride, lanes.depth_stride,
+                  panels, c, block.cols, k > 0, last ? fetch_of(passed_over, strip) : GemmFetch{}});
+      if (last) body(strip, c, block.cols);
     }
     k += longest;
   } while (k < depth);

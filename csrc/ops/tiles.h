@@ -1,5 +1,6 @@
 // Work on a matrix tile by tile, in parallel, and the matrix product of one tile (ops).
 #pragma once
+#include <array>
 #include <cstdint>
 #include <functional>
 
@@ -13,6 +14,18 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Block {
   int64_t row, rows, col, cols;
 };
+
+// A contiguous matrix that an element-wise pass reads or writes; data may be null.
+struct PassedOver {
+  const void* data;
+  int64_t cols, element_size;
+};
+
+// Its rows in a block, to be fetched while a product runs.
+GemmFetch fetch_of(const std::array<PassedOver, 2>& matrices, const Block& block);
+
+// Rows of a tile that are worked on while they are in the nearest caches, `rest` rows before its end.
+int64_t strip_rows(int64_t rest);
 
 struct Tiling {  // of a (rows, cols) matrix, each element of which takes about `depth` multiply-adds
   int64_t rows, cols, tile_rows, tile_cols, depth;
@@ -77,8 +90,9 @@ void multiply_doubles(const Operand& a, const Operand& b, int64_t depth, const B
 
 // The same for operands of any dtype, summed over `depth` in fp32 (fp64 for float64), in strips of rows that are handed
 // on while they are in the nearest cache: body(strip, its product as float or double, row stride). A strip begins at a
-// multiple of 16 rows of the block.
+// multiple of 16 rows of the block. What the body reads or writes is fetched while its product runs.
 void multiply_in_strips(const Operand& a, const Operand& b, int64_t depth, const Block& block, Scratch& scratch,
+                        const std::array<PassedOver, 2>& passed_over,
                         const std::function<void(const Block& strip, const void* c, int64_t ldc)>& body);
 
 }  // namespace mlpkit

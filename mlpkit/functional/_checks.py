@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from mlpkit.ops.linear_act_dropout import ACTIVATIONS
 
@@ -17,7 +18,10 @@ DEFAULT_NEGATIVE_SLOPE = 0.01
 def drawn_seed(owner: str, seed: int | Tensor | None, x: Tensor) -> Tensor:
     """The seed as the op takes it: int64 (seed, offset) on x's device; drawn by torch's generator for None."""
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
+        if torch.compiler.is_compiling():
+            return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
+        drawn: Tensor = _C.drawn_seed(x.device)
+        return drawn
     if isinstance(seed, Tensor):
         return seed
     check_seed(owner, seed, x)

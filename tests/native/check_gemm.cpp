@@ -33,6 +33,7 @@ struct Case {
   Dtype dtype_a, dtype_b;
   bool transpose_a, transpose_b;
   int64_t rows, cols, depth, padding;
+  bool fetches = false;
 };
 
 struct Kernels {
@@ -85,8 +86,12 @@ void multiply(const Case& c, const Kernels& kernels, Matrix& a, Matrix& b, Matri
     kernels.lanes({c.dtype_a, c.transpose_a, c.rows, depth, from(a, c.dtype_a, 0, k), a.stride, lanes.memory});
     const int64_t along_rows = c.transpose_a ? 1 : mlpkit::kGemmStride,
                   along_depth = c.transpose_a ? mlpkit::kGemmStride : 1;
+    // Fetching rows while a product runs changes nothing: here its own, and those of no second matrix.
+    mlpkit::GemmFetch fetch;
+    fetch.rows = c.fetches ? c.rows : 0;
+    fetch.matrices[0] = {result.numbers.data(), 4 * result.stride, 4 * c.cols};
     kernels.multiply({c.rows, c.cols, depth, lanes.memory, along_rows, along_depth, panels.memory,
-                      static_cast<float*>(result.numbers.data()), result.stride, k > 0});
+                      static_cast<float*>(result.numbers.data()), result.stride, k > 0, fetch});
     k += kernels.longest;
   } while (k < c.depth);
 }
@@ -106,7 +111,7 @@ Case drawn(Dtype a, Dtype b, bool transpose_a, bool transpose_b, Draw& draw) {
   const int64_t rows = draw.of<int64_t>({1, 3, 5, 7, 12, 13, 17, 25, 40});
   const int64_t cols = draw.of<int64_t>({1, 7, 15, 16, 17, 31, 33, 64, 65});
   const int64_t depth = draw.of<int64_t>({0, 1, 2, 3, 15, 17, 31, 33, 64, 255, 257, 513});
-  return {a, b, transpose_a, transpose_b, rows, cols, depth, draw.of<int64_t>({0, 1, 5})};
+  return {a, b, transpose_a, transpose_b, rows, cols, depth, draw.of<int64_t>({0, 1, 5}), draw.of<bool>({false, true})};
 }
 
 void in_floats(Report& report) {
