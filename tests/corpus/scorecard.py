@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -108,38 +109,51 @@ def plain(name: str) -> str:
     return name.strip("_").replace("_", "").removeprefix("native").removeprefix("foreach")
 
 
-def score(
-    cases: list[tuple[Case, Variant]], quiet: list[Callable[[], Any]], *, modules: bool = False
-) -> dict[str, dict[str, int]]:
-    """The table: one row of counts for each tool. modules: DebugUnderflowOverflow too, whose answer is a module."""
-    names = ("mlpkit", "anomaly mode", "is-finite mode", *(["DebugUnderflowOverflow"] if modules else []))
-    table = {name: Counter[str]() for name in names}
-    for case, variant in cases:
-        truth = truth_of(case, variant)
-        run = lambda case=case, variant=variant: execute(case, variant)  # noqa: E731
-        verdict = judge(case, variant, by_tracer(run), truth)
-        right = {
-            "mlpkit": (verdict["verdict"], verdict["where"], verdict["cause"]),
-            "anomaly mode": _answer(by_anomaly_mode(run), truth, step=False),
-            "is-finite mode": _answer(by_finite_mode(run), truth, step=True),
-        }
-        if modules:
-            stopped = by_module_hooks(run)
-            named = truth.phase == "forward" and bool(stopped) and stopped == case.module(variant)
-            right["DebugUnderflowOverflow"] = (stopped is not None, named, False)
-        for name, (fired, where, cause) in right.items():
-            row = table[name]
-            row.update(failures=1, fired=fired, where=fired and where, cause=fired and cause)
-            if case.root:
-                row.update(roots=1, root=fired and cause)
-            if case.silent:
-                row.update(silent=1, explained=fired and cause, seen=fired)
-    for run in quiet:
-        table["mlpkit"].update(healthy=1, alarms=by_tracer(run)["verdict"] != "healthy")
-        table["anomaly mode"].update(healthy=1, alarms=by_anomaly_mode(run) is not None)
-        table["is-finite mode"].update(healthy=1, alarms=by_finite_mode(run) is not None)
-        if modules:
-            table["DebugUnderflowOverflow"].update(healthy=1, alarms=by_module_hooks(run) is not None)
+def answers(case: Case, variant: Variant, *, modules: bool = False) -> dict[str, list[str]]:
+    """What each tool gets right of a failing program. modules: DebugUnderflowOverflow too, whose answer is a module."""
+    truth = truth_of(case, variant)
+    run = partial(execute, case, variant)
+    verdict = judge(case, variant, by_tracer(run), truth)
+    right = {
+        "mlpkit": (verdict["verdict"], verdict["where"], verdict["cause"]),
+        "anomaly mode": _answer(by_anomaly_mode(run), truth, step=False),
+        "is-finite mode": _answer(by_finite_mode(run), truth, step=True),
+    }
+    if modules:
+        stopped = by_module_hooks(run)
+        named = truth.phase == "forward" and bool(stopped) and stopped == case.module(variant)
+        right["DebugUnderflowOverflow"] = (stopped is not None, named, False)
+    return {name: _words(case, *parts) for name, parts in right.items()}
+
+
+def _words(case: Case, fired: bool, where: bool, cause: bool) -> list[str]:
+    """What counts, by the heads of the table."""
+    said = {
+        "failures": True, "fired": fired, "where": fired and where, "cause": fired and cause,
+        "roots": case.root, "root": case.root and fired and cause,
+        "silent": case.silent, "explained": case.silent and fired and cause, "seen": case.silent and fired,
+    }  # fmt: skip
+    return [word for word, so in said.items() if so]
+
+
+def alarms(run: Callable[[], Any], *, modules: bool = False) -> dict[str, list[str]]:
+    """Which tools say that something is wrong with a healthy program."""
+    raised = {
+        "mlpkit": by_tracer(run)["verdict"] != "healthy",
+        "anomaly mode": by_anomaly_mode(run) is not None,
+        "is-finite mode": by_finite_mode(run) is not None,
+    }
+    if modules:
+        raised["DebugUnderflowOverflow"] = by_module_hooks(run) is not None
+    return {name: ["healthy", *(["alarms"] if so else [])] for name, so in raised.items()}
+
+
+def table_of(programs: Iterable[dict[str, list[str]]]) -> dict[str, dict[str, int]]:
+    """One row of counts for each tool."""
+    table: dict[str, Counter[str]] = {}
+    for found in programs:
+        for name, words in found.items():
+            table.setdefault(name, Counter()).update(words)
     return {name: dict(row) for name, row in table.items()}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,10 +18,12 @@ from mlpkit.bench.peak import Peaks
 from mlpkit.trace import Tracer
 
 Step = Callable[[], None]
+Training = tuple[nn.Module, Step]
 
 
 def cases(settings: Settings, peaks: Peaks) -> list[Case]:
-    """Training steps under a tracer against the plain loop, anomaly detection and a check of every result."""
+    """Training steps under a tracer against the plain loop, anomaly detection, a check of every result and, where it is
+    installed, Hugging Face's DebugUnderflowOverflow."""
     if settings.quick:
         return [_case("MLP 8-8-8-2", 2, lambda: _mlp(8, 8, 2, 4))]
     return [
@@ -50,9 +54,12 @@ def _anomaly() -> AbstractContextManager[Any]:
         return torch.autograd.set_detect_anomaly(True)
 
 
-def _case(label: str, steps: int, model: Callable[[], Step]) -> Case:
-    def under(tool: Callable[[], AbstractContextManager[Any]]) -> Rival:
-        step = model()
+def _case(label: str, steps: int, training: Callable[[], Training]) -> Case:
+    def under(
+        tool: Callable[[], AbstractContextManager[Any]], attach: Callable[[nn.Module], object] = lambda model: None
+    ) -> Rival:
+        model, step = training()
+        attach(model)
 
         def call() -> None:
             with tool():
@@ -62,13 +69,17 @@ def _case(label: str, steps: int, model: Callable[[], Step]) -> Case:
         return Rival(call)
 
     def build() -> dict[str, Rival]:
-        return {
+        rivals = {
             OURS: under(lambda: Tracer(level="watch")),
             "observe": under(Tracer),
             "eager": under(nullcontext),
             "detect_anomaly": under(_anomaly),
             "isfinite mode": under(IsFinite),
         }
+        if find_spec("transformers"):
+            hooks = import_module("transformers.debug_utils").DebugUnderflowOverflow
+            rivals["DebugUnderflowOverflow"] = under(nullcontext, hooks)
+        return rivals
 
     return Case(
         family="trace",
@@ -82,7 +93,7 @@ def _case(label: str, steps: int, model: Callable[[], Step]) -> Case:
     )
 
 
-def _mlp(width: int, hidden: int, classes: int, rows: int) -> Step:
+def _mlp(width: int, hidden: int, classes: int, rows: int) -> Training:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, classes)
@@ -91,7 +102,7 @@ def _mlp(width: int, hidden: int, classes: int, rows: int) -> Step:
     return _step(model, x, target, torch.optim.SGD(model.parameters(), 1e-3))
 
 
-def _transformer() -> Step:
+def _transformer() -> Training:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), nn.Linear(256, 256), _ByClass())
@@ -99,13 +110,13 @@ def _transformer() -> Step:
     return _step(model, x, target, torch.optim.AdamW(model.parameters(), 1e-4))
 
 
-def _step(model: nn.Module, x: Tensor, target: Tensor, optimizer: torch.optim.Optimizer) -> Step:
+def _step(model: nn.Module, x: Tensor, target: Tensor, optimizer: torch.optim.Optimizer) -> Training:
     def step() -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), target).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    return step
+    return model, step
 
 
 class _ByClass(nn.Module):
