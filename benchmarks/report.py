@@ -1,5 +1,6 @@
 """Writes benchmark tables from results files of ``mlpkit bench``, so that no number is ever typed: that of README.md,
-or from the results of ``mlpkit bench population`` that of docs/population.md.
+from the results of ``mlpkit bench population`` that of docs/population.md, from those of ``benchmarks/accuracy.py``
+that of docs/trace.md.
 
 python benchmarks/report.py benchmarks/results/cpu-2026-11-23.json
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README, POPULATION = ROOT / "README.md", ROOT / "docs" / "population.md"
+README, POPULATION, TRACE = ROOT / "README.md", ROOT / "docs" / "population.md", ROOT / "docs" / "trace.md"
 BEGIN = "<!-- benchmark table: written by benchmarks/report.py -->"
 END = "<!-- end of benchmark table -->"
 
@@ -118,6 +119,49 @@ def population_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", " ".join(said)])
 
 
+ACCURACY = {  # heads of the table of accuracy: (what counts, of how many)
+    "says something": ("fired", "failures"),
+    "right op, phase and step": ("where", "failures"),
+    "right cause": ("cause", "failures"),
+    "silent failures explained": ("explained", "silent"),
+    "false alarms": ("alarms", "healthy"),
+}
+TOOLS = {"mlpkit": "observe", "anomaly mode": "detect_anomaly", "is-finite mode": "isfinite mode"}
+
+
+def accuracy_table(results: dict[str, Any]) -> str:
+    """One row a tool: how many answers are right, and how many times longer a step takes under it."""
+    measured = results.get("overhead", {"cases": []})["cases"]
+    lines = ["| tool | " + " | ".join([*ACCURACY, *(f"{row['label']}: time of a step" for row in measured)]) + " |"]
+    lines.append("|---|" + "---:|" * (len(ACCURACY) + len(measured)))
+    for tool, row in results["table"].items():
+        cells = [f"{row.get(what, 0)} of {row.get(of, 0)}" for what, of in ACCURACY.values()]
+        cells += [_slower(case, TOOLS.get(tool, tool)) for case in measured]
+        lines.append(f"| {tool} | " + " | ".join(cells) + " |")
+    if measured:
+        blank = "| " * len(ACCURACY)
+        lines.append(f"| mlpkit, level watch | {blank}" + "| ".join(f"{_slower(row)} " for row in measured) + "|")
+    said = (
+        f"{results['faults']} programs with a planted fault and {results['healthy']} healthy ones (tests/corpus, which "
+        "the tracer grew up with), "
+        f"{len(results['variants'])} variants of each (other sizes, nesting, seed, loss); torch {results['torch']}. "
+        "A right answer of detect_anomaly is the operation's node, of an is-finite mode the first operation with NaN "
+        "or Inf, of DebugUnderflowOverflow the module."
+    )
+    if measured:
+        facts = results["overhead"]["environment"]
+        said += f" Times over the plain loop's: {facts['cpu']}, 1 thread, process CPU time, median of {facts['rounds']}"
+        said += f" interleaved rounds, {facts['date'][:10]}; entering and leaving the tool is part of them."
+    return "\n".join([*lines, "", said])
+
+
+def _slower(row: dict[str, Any], tool: str = "mlpkit") -> str:
+    """How many times longer a step takes under a tool; ratios of a row are over watch."""
+    if tool != "mlpkit" and tool not in row["ratio"]:
+        return ""
+    return f"{(1.0 if tool == 'mlpkit' else ratio(row, tool)) / ratio(row, 'eager'):.2f}x"
+
+
 def _span(values: list[float]) -> list[float]:
     return sorted({min(values), max(values)})
 
@@ -134,6 +178,8 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
+    if results.get("name") == "accuracy":
+        return write(TRACE, accuracy_table(results))
     if results["environment"]["quick"]:
         sys.exit(f"benchmarks/report.py: {args.results} comes from --quick; its figures say nothing")
     if {row["family"] for row in results["cases"]} == {"population"}:

@@ -23,11 +23,14 @@ PyMethodDef definition{"__call__", reinterpret_cast<PyCFunction>(reinterpret_cas
 
 }  // namespace
 
-py::object follow_modules(Follower follower) {
+py::object follow_function(Follower follower) {
   const py::capsule state(new Follower(std::move(follower)), kName,
                           [](PyObject* capsule) { delete follower_in(capsule); });
-  const auto function = py::reinterpret_steal<py::object>(PyCFunction_New(&definition, state.ptr()));
-  return py::reinterpret_steal<py::object>(PyInstanceMethod_New(function.ptr()));
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, state.ptr()));
+}
+
+py::object follow_modules(Follower follower) {
+  return py::reinterpret_steal<py::object>(PyInstanceMethod_New(follow_function(std::move(follower)).ptr()));
 }
 
 }  // namespace mlpkit

@@ -16,6 +16,7 @@ struct ModuleCall {
   py::handle module() const { return arguments[0]; }
 };
 
+// For any function the same: its arguments, named ones last.
 struct Follower {
   py::object call;             // what a call goes on to
   std::function<bool()> here;  // whether this thread's calls are followed, now
@@ -24,6 +25,8 @@ struct Follower {
 };
 
 py::object follow_modules(Follower follower);
+// The same for a function in place of another one.
+py::object follow_function(Follower follower);
 
 // Whether outputs of modules are followed in this thread, without all operations being observed.
 bool outputs_followed();

@@ -283,8 +283,7 @@ void bind_observe(py::module_& m) {
       .def("adopt", &Observer::adopt)
       .def("forget", &Observer::forget)
       .def("remember", &Observer::remember)
-      .def("begin_backward", &Observer::begin_backward)
-      .def("end_backward", &Observer::end_backward)
+      .def("follow_backward", &Observer::follow_backward)
       .def("next_step", &Observer::next_step)
       .def("name", &Observer::name)
       .def("find", &Observer::find)
@@ -293,7 +292,8 @@ void bind_observe(py::module_& m) {
       .def("any_bad", &Observer::any_bad)
       .def("unscaled", &Observer::unscaled)
       .def("any_gradient_of_zeros", &Observer::any_gradient_of_zeros)
-      .def("before_update", &Observer::before_update)
+      .def("begin_update", &Observer::begin_update)
+      .def("end_update", &Observer::end_update)
       .def("unmoved", &Observer::unmoved)
       .def("series_of", &Observer::series_of)
       .def("sites", &Observer::sites)
@@ -308,6 +308,7 @@ void bind_observe(py::module_& m) {
       .def_readwrite("ended", &Observer::ended)
       .def_readwrite("scaling", &Observer::scaling)
       .def_readwrite("in_optimizer", &Observer::in_optimizer)
+      .def_readonly("learning_rate", &Observer::learning_rate)
       .def_readwrite("paused", &Observer::paused);
 }
 

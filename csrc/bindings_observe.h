@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
+#include <typeindex>
 
 #include "ops/observed.h"
 
@@ -84,8 +85,10 @@ class Observer {
   void adopt(py::handle module, int name);
   void forget(uintptr_t module) { modules_.erase(module); }
   void remember(py::handle root, const std::vector<at::Tensor>& tensors);
-  void begin_backward();
-  void end_backward() { depths_.pop_back(); }
+  // The engine's entry in place of the one given.
+  py::object follow_backward(py::object engine);
+  void begin_backward(py::handle roots);
+  void end_backward(bool done);
   void next_step();
   void name(const at::Tensor& tensor, const std::string& kind, const std::string& name);
   int depth() const { return static_cast<int>(stack_.size()); }
@@ -98,8 +101,11 @@ class Observer {
   double unscaled(const at::Tensor& loss);
   // Whether a parameter's gradient was last written with zeros, and nothing else.
   bool any_gradient_of_zeros();
-  // Parameters with a gradient, before an update; and after it those of them that it did not move, with their number.
-  void before_update(const std::vector<at::Tensor>& parameters);
+  // An optimizer's step begins, or is over. Whether Python must look: the optimizer is not what it was when these were
+  // last asked, or parameters with a gradient did not move.
+  bool begin_update(py::handle optimizer);
+  bool end_update(py::handle optimizer);
+  // Parameters that the last update did not move, and of how many.
   std::pair<std::vector<at::Tensor>, size_t> unmoved();
   py::object twin(const RecordRef& record);
   py::list series_of(const Record& record) const;
@@ -113,6 +119,7 @@ class Observer {
   bool counting = true, ended = false, scaling = false, in_optimizer = false;
   int64_t operations = 0;
   int paused = 0;
+  std::optional<double> learning_rate;  // the largest one of the last optimizer
 
  private:
   struct Site {
@@ -144,6 +151,8 @@ class Observer {
   bool is_conversion(const Call& call) const;
   bool is_fresh(const Call& call, Phase phase) const;
   void meet(Call& call, const at::Tensor& tensor, Cell& cell);
+  bool is_new(py::handle optimizer);
+  void keep_bits(py::handle parameters);
   void keep_old(Call& call);
   void meet_again(Call& call);
   RecordRef source(const at::Tensor& tensor, Cell& cell, const char* op, const Place& place, const Sight& sight);
@@ -151,11 +160,15 @@ class Observer {
   const Place* origin_of(uint64_t sequence) const;
   RecordRef record(const char* op, const at::Tensor& tensor, const Place& place, std::vector<RecordRef> parents);
   void wrote(const at::Tensor& tensor, const RecordRef& made, const Sight& sight);
+  Lines::Spot spot_of(const Call& call, bool inside);
   void retire();
   int node_name(const torch::autograd::Node& node);
+  int node_number(const std::string& full);
   bool may_have_rounded(const Call& call, const Record& made) const;
   void settle(Call& call, const std::vector<at::Tensor>& written, size_t outputs, const std::vector<Sight>& sights);
   py::object call_of(const Call& call, const std::vector<at::Tensor>& written, size_t outputs) const;
+  template <class Work>
+  void quietly(Work work);
   template <class... Args>
   void tell(const char* method, Args&&... args);
 
@@ -175,6 +188,10 @@ class Observer {
   bool relearn_ = true;  // names of a root's tensors may have changed
   bool ever_bad_ = false;
   std::vector<Moving> moving_;
+  std::vector<at::Tensor> still_;
+  size_t moved_ = 0;                                                   // of how many still_ are the rest
+  std::unordered_map<PyObject*, std::vector<Py_ssize_t>> optimizers_;  // what was last seen of each
+  std::optional<Lines::Spot> update_spot_;  // of the step of one of torch's optimizers, which no user code is in
   int64_t updates_ = 0, children_ = 0;
   bool suspicious_ = false;  // the last update left a parameter where it was
   std::vector<int> stack_;
@@ -183,6 +200,7 @@ class Observer {
   Sequence sequence_, older_;
   std::vector<std::string> nodes_;
   std::unordered_map<std::string, int> node_numbers_;
+  std::unordered_map<std::type_index, int> node_types_;
   std::unordered_map<Site, Series, SiteHash> sites_;
   std::vector<Series> module_series_;
   std::unordered_map<std::string, Parameter> parameters_;

@@ -27,7 +27,7 @@ void Observer::locate(Call& call) {
   const bool inside = stack_.size() > (depths_.empty() ? 0 : depths_.back());
   // A module that runs during backward is a checkpointed forward, run again.
   if (node && !inside) return backward_place(call, *node);
-  const Lines::Spot spot = lines_.here();
+  const Lines::Spot spot = spot_of(call, inside);
   scaling = scaling || spot.scaling;
   Phase phase = Phase::forward;
   if (!inside) {
@@ -42,6 +42,12 @@ void Observer::locate(Call& call) {
   }
   call.place = {step, phase, stack_.empty() ? 0 : stack_.back(), spot.line, 0};
   note_sequence(call.place);
+}
+
+// Inside a step of torch's optimizers every operation stands on the line that called it.
+Lines::Spot Observer::spot_of(const Call& call, bool inside) {
+  const bool same = in_optimizer && update_spot_ && !inside && !call.builds_graph;
+  return same ? *update_spot_ : lines_.here();
 }
 
 void Observer::backward_place(Call& call, const torch::autograd::Node& node) {
@@ -59,7 +65,14 @@ void Observer::backward_place(Call& call, const torch::autograd::Node& node) {
 }
 
 int Observer::node_name(const torch::autograd::Node& node) {
-  const std::string full = node.name();
+  // All of Python's own functions are of one type, which torch keeps to itself.
+  if (std::string_view(typeid(node).name()).ends_with("6PyNodeE")) return node_number(node.name());
+  int& number = node_types_[typeid(node)];
+  if (number == 0) number = node_number(node.name());
+  return number;
+}
+
+int Observer::node_number(const std::string& full) {
   const std::string prefix = "torch::autograd::";
   const std::string name = full.rfind(prefix, 0) == 0 ? full.substr(prefix.size()) : full;
   int& number = node_numbers_[name];
@@ -116,12 +129,6 @@ const Place* Observer::origin_of(uint64_t number) const {
     if (found != numbers->end() && found->first == number) return &found->second;
   }
   return nullptr;
-}
-
-void Observer::begin_backward() {
-  if (torch::autograd::get_current_graph_task_id() == -1) in_optimizer = false;
-  depths_.push_back(stack_.size());
-  backward_line_ = lines_.here().line;
 }
 
 void Observer::next_step() {

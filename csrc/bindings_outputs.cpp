@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bindings_follow.h"
+#include "bindings_tell.h"
 #include "ops/look.h"
 
 namespace mlpkit {
@@ -94,15 +95,15 @@ class Outputs {
     py::dict named;
     for (Py_ssize_t i = 0; call.names && i < PyTuple_GET_SIZE(call.names); ++i)
       named[py::handle(PyTuple_GET_ITEM(call.names, i))] = py::handle(call.arguments[call.count + i]);
-    tell("entered", call.module(), positional, named);
+    tell(host_, "entered", call.module(), positional, named);
   }
 
   void leave(const ModuleCall& call, py::handle output) {
     depth_ = std::max(0, depth_ - 1);
     if (!output || off()) return;
     const auto found = numbers_.find(call.arguments[0]);
-    if (found != numbers_.end() && look(found->second, output)) tell("bad_output", names_[found->second]);
-    if (depth_ == 0) tell("left", call.module(), output);
+    if (found != numbers_.end() && look(found->second, output)) tell(host_, "bad_output", names_[found->second]);
+    if (depth_ == 0) tell(host_, "left", call.module(), output);
   }
 
   // Whether it holds NaN or Inf. A container's output is its last child's.
@@ -133,19 +134,6 @@ class Outputs {
 
   void gather(py::handle value) {
     if (THPVariable_Check(value.ptr())) tensors_.push_back(THPVariable_Unpack(value.ptr()));
-  }
-
-  // An error there is reported and never reaches the program; an interrupt reaches it a moment later.
-  template <class... Args>
-  void tell(const char* method, Args&&... args) {
-    try {
-      host_.attr(method)(std::forward<Args>(args)...);
-    } catch (py::error_already_set& error) {
-      if (error.matches(PyExc_KeyboardInterrupt))
-        PyErr_SetInterrupt();
-      else
-        error.discard_as_unraisable("mlpkit.trace");
-    }
   }
 
   py::object host_;

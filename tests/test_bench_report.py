@@ -144,3 +144,20 @@ def test_a_populations_rivals_are_columns_and_threads_and_fits_a_sentence(report
     assert lines[3] == "| 3 x mixed | 9.5x |  | 12.0 us | 25 % |"
     assert "bring 1.75 times the speed of one, 94 % of what they bring to the probe" in lines[-1]
     assert "(6): 12,346 a CPU minute, 35 times as many as by DataLoader loop." in lines[-1]
+
+
+def test_accuracy_has_one_row_a_tool_and_times_over_the_plain_loops(report):
+    counts = {"failures": 330, "fired": 300, "where": 290, "cause": 280, "silent": 51, "explained": 50, "healthy": 405}
+    facts = {"name": "accuracy", "faults": 110, "healthy": 135, "variants": [0, 1, 2], "torch": "2.13.0"}
+    facts["table"] = {"mlpkit": counts, "anomaly mode": {"failures": 330, "fired": 241, "alarms": 3, "healthy": 405}}
+    lines = report.accuracy_table(facts).splitlines()
+    assert lines[2] == "| mlpkit | 300 of 330 | 290 of 330 | 280 of 330 | 50 of 51 | 0 of 405 |"
+    assert lines[3].endswith("| 3 of 405 |")
+    ratio = {"eager": 0.8, "observe": 0.88, "detect_anomaly": 1.6}
+    case = row("trace", "tiny", "watched training", "fp32", 1.0)
+    case["ratio"] = {name: {"cpu": {"median": value}} for name, value in ratio.items()}
+    facts["overhead"] = {"environment": results()["environment"], "cases": [case]}
+    lines = report.accuracy_table(facts).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:5]] == ["1.10x", "2.00x", "1.25x"]
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert "median of 9 interleaved rounds" in lines[-1]

@@ -138,7 +138,7 @@ Cell& Memory::wrote(const at::Tensor& tensor, const RecordRef& record, const Sig
 }
 
 void Memory::tidy() {
-  constexpr size_t kMost = 48;
+  constexpr size_t kMost = 12;
   for (size_t looks = std::min(kMost, order_.size()); looks > 0; --looks) {
     if (next_ >= order_.size()) next_ = 0;
     c10::StorageImpl* storage = order_[next_];

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import ReferenceType, ref
 
@@ -53,22 +52,10 @@ class Ledger:
         """How many parameters are known and alive."""
         return len({tensor.untyped_storage()._cdata for tensor in self.leaves()})
 
-    def any_gradient_of_zeros(self) -> bool:
-        """Whether a parameter's gradient was last written with zeros, and nothing else."""
-        return bool(self._native.any_gradient_of_zeros())
-
-    def before_update(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Parameters are about to be updated: keep what tells whether they move."""
-        self._native.before_update(parameters)
-
     def unmoved(self) -> tuple[list[torch.Tensor], int]:
-        """Parameters that the update left as they were, bit for bit; and of how many."""
+        """Parameters that the last update left as they were, bit for bit; and of how many."""
         still, total = self._native.unmoved()
         return list(still), int(total)
-
-    def any_bad(self) -> bool:
-        """Whether the program holds NaN or Inf anywhere that is known."""
-        return bool(self._native.any_bad())
 
     def bad_records(self) -> list[OpRecord]:
         """Writers of the bad values that are still held by the program."""

@@ -144,10 +144,18 @@ class Observer:
         """Something that the program trains, of no module that is known yet."""
         self.ledger.name(tensor, "parameter", "")
 
-    def backward_done(self) -> None:
-        """A backward pass is over."""
-        self.sinks.backward_done()
-        self.silence.gradients(self.native.step)
+    def trained(self, loss: float) -> None:
+        """A backward pass begins at a loss that is fine."""
+        self.sinks.trained(self.native.step, loss)
+
+    def backward_from(self, roots: Sequence[torch.Tensor]) -> None:
+        """A backward pass begins at what may be bad, or is more than one number."""
+        self.sinks.backward_from(roots, self.native.step)
+
+    def backward_done(self, bad: bool, zeros: bool) -> None:
+        """A backward pass is over. bad, zeros: what the program holds now, and a gradient of it."""
+        self.sinks.backward_done(bad)
+        self.silence.gradients(self.native.step, zeros)
 
     # What is wrong.
 

@@ -50,6 +50,15 @@ class Remembered(History):
         super().__init__()
 
     @property
+    def learning_rate(self) -> float | None:
+        """The largest one of the last optimizer that stepped."""
+        return self._native.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, empty: Any) -> None:
+        """The native observer reads it."""
+
+    @property
     def sites(self) -> dict[tuple[str, str, str, str], Series]:
         """Per operation site: phase, module, op, location."""
         found: dict[tuple[str, str, str, str], Series] = {}

@@ -86,11 +86,11 @@ class Silence:
 
     # Gradients of zeros.
 
-    def gradients(self, step: int) -> None:
-        """A backward pass is over."""
+    def gradients(self, step: int, zeros: bool) -> None:
+        """A backward pass is over. zeros: it left a parameter a gradient that was last written with zeros only."""
         self._steps[step] = None
         losses = self._history.losses
-        if not losses or not self._ledger.any_gradient_of_zeros():
+        if not losses or not zeros:
             return
         still: dict[int, tuple[Origin, list[str]]] = {}
         total = 0
@@ -132,13 +132,6 @@ class Silence:
         stall.names.update(dict.fromkeys(names))
 
     # Updates that change nothing.
-
-    def updating(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer is about to step: keep what may fail to move."""
-        for group in optimizer.param_groups:
-            rate = group.get("lr", 1.0)
-            if isinstance(rate, float) and rate != 0:
-                self._ledger.before_update(group["params"])
 
     def updated(self, step: int) -> None:
         """The optimizer has stepped."""

@@ -118,10 +118,13 @@ class Sinks:
             record = record.parents[0] if record.parents else None
         return value
 
-    def backward_done(self) -> None:
-        """A backward pass is over: remember the bad gradients it left, in case nobody clears or applies them."""
+    def backward_done(self, bad: bool) -> None:
+        """A backward pass is over: remember the bad gradients it left, in case nobody clears or applies them.
+
+        bad: whether anything that is known holds NaN or Inf.
+        """
         self._gradients = []
-        if not self._ledger.any_bad():
+        if not bad:
             return
         for parameter in self._ledger.leaves():
             cell = self._bad_cell(parameter.grad) if parameter.grad is not None else None

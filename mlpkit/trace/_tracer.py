@@ -55,14 +55,11 @@ class Tracer:
         self.raised: str | None = None  # the exception that ended the block, by name
         self._stepped = False
         self._verified: Diagnosis | None = None
-        self._known: dict[int, tuple[int, ...]] = {}  # what was seen of each optimizer
         # The observer lives as long as its hooks; none of them may keep the tracer alive.
         me = proxy(self)
         self._observer.on_root = lambda root: me._know_module(root)
         self._observer.on_output = lambda root, output: me._check_output(root, output)
         where.on_optimizer = self._know_optimizer
-        where.on_backward = self._begin_backward
-        where.on_backward_done = self._observer.backward_done
         if model is not None:
             self._know_module(model)
         self._watching = Watching(model, self._observe) if level == "watch" else None
@@ -236,20 +233,11 @@ class Tracer:
         self._native.remember(root, [tensor for _, tensor in (*parameters, *buffers)])
 
     def _know_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer that is new, has changed, or left parameters where they were."""
         ledger = self._observer.ledger
         states: Mapping[Any, Any] = optimizer.state
-        groups = optimizer.param_groups
-        self._observer.history.learning_rate = max(
-            (float(group["lr"]) for group in groups if "lr" in group), default=None
-        )
-        if self._native.in_optimizer:
-            self._observer.silence.updating(optimizer)
-        else:
+        if not self._native.in_optimizer:
             self._observer.silence.updated(self._where.step)
-        seen = (id(states), sum(map(len, states.values())), *[len(group["params"]) for group in groups])
-        if self._known.get(id(optimizer)) == seen:
-            return
-        self._known[id(optimizer)] = seen
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 ledger.name(parameter, "parameter", "")
@@ -259,14 +247,6 @@ class Tracer:
                     ledger.name(value, "optimizer state", f"{key} of {self._name_of(parameter)}")
                     self._observer.sinks.known(value)
                     self._observer.sinks.reach_if_bad(value, "optimizer state")
-
-    def _begin_backward(self, roots: Sequence[torch.Tensor]) -> None:
-        sinks = self._observer.sinks
-        value = self._native.unscaled(roots[0]) if len(roots) == 1 and roots[0].numel() == 1 else -1.0
-        if value < 0:
-            sinks.backward_from(roots, self._where.step)
-        else:
-            sinks.trained(self._where.step, value)
 
     def _name_of(self, tensor: torch.Tensor) -> str:
         cell = self._observer.ledger.find(tensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -89,8 +89,6 @@ class Surroundings:
     def __init__(self, native: _C.Observer) -> None:
         self.native = native
         self.on_optimizer: Callable[[Optimizer], None] = lambda optimizer: None
-        self.on_backward: Callable[[Sequence[torch.Tensor]], None] = lambda roots: None
-        self.on_backward_done: Callable[[], None] = lambda: None
         self._removers: list[Callable[[], None]] = []
 
     @property
@@ -112,22 +110,7 @@ class Surroundings:
         autograd: Any = torch.autograd  # its engine entry is private; every backward() and grad() goes through it
         engine = autograd._engine_run_backward
 
-        def watched(roots: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-            if not self.native.here():
-                return engine(roots, *args, **kwargs)
-            outermost = torch._C._current_graph_task_id() == -1
-            if outermost:
-                self._quietly(self.on_backward, roots)
-            self.native.begin_backward()
-            try:
-                result = engine(roots, *args, **kwargs)
-            finally:
-                self.native.end_backward()
-            if outermost:
-                self._quietly(self.on_backward_done)
-            return result
-
-        autograd._engine_run_backward = watched
+        autograd._engine_run_backward = self.native.follow_backward(engine)
         self._removers.append(lambda: setattr(autograd, "_engine_run_backward", engine))
         self._removers.append(run_compiled_code_eagerly())
         self._removers.append(print_unseen(self.native))
@@ -137,24 +120,15 @@ class Surroundings:
         while self._removers:
             self._removers.pop()()
 
-    def _quietly(self, heard: Callable[..., None], *args: Any) -> None:
-        """As ``with Quiet``, every step."""
-        self.native.paused += 1
-        try:
-            heard(*args)
-        finally:
-            self.native.paused -= 1
-
     def _enter_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.native.here():
-            self.native.in_optimizer = True
-            self._quietly(self.on_optimizer, optimizer)
+        if self.native.begin_update(optimizer):
+            with Quiet(self.native):
+                self.on_optimizer(optimizer)
 
     def _leave_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.native.here():
-            self.native.in_optimizer = False
-            self._quietly(self.on_optimizer, optimizer)
-            self.native.ended = True
+        if self.native.end_update(optimizer):
+            with Quiet(self.native):
+                self.on_optimizer(optimizer)
 
 
 def follow_modules(native: _C.Observer | _C.Outputs) -> Callable[[], None]:
