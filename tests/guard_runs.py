@@ -96,3 +96,11 @@ def set_generators(states, device):
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+PARTS = slice(0, 3)  # of Run.state(): all but the random numbers
+
+
+def bad(run, value=torch.nan):
+    x, y = run.batch()
+    return run.step(poison(value)(x), y)

@@ -86,3 +86,9 @@ def take_over(mine, stock):
             for key, value in stock.state[theirs].items() if theirs in stock.state else ():
                 if isinstance(value, torch.Tensor):
                     mine.state[ours][key].copy_(value)
+
+
+def make(name, targets, **settings):
+    if name in ("SGD", "LARS", "RMSprop"):
+        settings = {"momentum": 0.9, **settings}
+    return getattr(optim, name)(targets, **settings)

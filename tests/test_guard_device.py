@@ -1,5 +1,6 @@
 """guard.optim and TrainStep where the device decides: what Python does with steps that it never reads."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from mlpkit import guard
 from mlpkit._ext import _C
 from mlpkit.errors import ArgumentError, DeviceError, ShapeError
+from mlpkit.guard import scaler_steps
 from mlpkit.guard.device import DeviceUpdate, Queued
 from mlpkit.guard.policy import Policy
 from mlpkit.guard.queued import QueuedStep
@@ -221,3 +223,84 @@ def test_the_op_says_which_devices_it_takes(monkeypatch):
     with pytest.raises(DeviceError, match="CPU or CUDA"):
         guarded_update([p], [torch.zeros(3)], kind="sgd", settings=[GroupSettings()], steps=[torch.zeros(())])
     assert Reason.TAKEN == 0
+
+
+def run_in_fp16(queue):
+    """Seven steps: the third has an Inf gradient, the fifth an Inf batch; scales, state and the step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = guard.optim.Adam(model.parameters(), lr=0.05)
+    scale = guard.LossScale(2.0**12, growth_interval=2, floor=2.0**10, ceiling=2.0**13)
+    step = guard.TrainStep(model, "mse", optimizer, precision="fp16", clip_norm=1.0, init_scale=scale)
+    if queue:
+        queued(step)
+    results, scales = [], []
+    for i, (x, y) in enumerate([*batches(), *batches()[:3]]):
+        handle = model[0].weight.register_hook(lambda g: g.fill_(math.inf)) if i == 2 else None
+        results.append(step(x * math.inf if i == 4 else x, y))
+        scales.append(step.scale)
+        if handle:
+            handle.remove()
+    return results, scales, model.state_dict(), step
+
+
+@pytest.mark.usefixtures("on_device")
+def test_a_queued_step_in_fp16_moves_the_scale_as_the_general_one(monkeypatch):
+    results, scales, state, step = run_in_fp16(True)
+    assert step.path == "queued"
+    assert scales == [4096.0, 8192.0, 4096.0, 4096.0, 4096.0, 8192.0, 8192.0]
+    assert [result.skipped for result in results] == [i in (2, 4) for i in range(7)]
+    assert [(one.where, one.nature, one.scale) for one in step.records] == [
+        ("gradient", "calibration", 8192.0),
+        ("loss", "collapse", 4096.0),
+    ]
+    assert results[6].scale == 8192.0
+    assert copy.deepcopy(step._loss_scale).value == 8192.0
+    monkeypatch.undo()
+    expected, expected_scales, expected_state, general = run_in_fp16(False)
+    assert general.path == "general"
+    assert scales == expected_scales
+    assert [one.loss for one in results] == pytest.approx([one.loss for one in expected], nan_ok=True)
+    assert all(torch.equal(state[name], expected_state[name]) for name in state)
+    step._loss_scale.value = 1024.0
+    assert step.scale == 1024.0
+
+
+def scaled_loop(monkeypatch, queue):
+    """A loop with a scaler whose third step has an Inf gradient, the fifth a loss of NaN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = guard.optim.AdamW(model.parameters(), lr=0.05)
+    scaler = guard.GradScaler("cpu", init_scale=4096.0, growth_interval=2, model=model, ceiling=2.0**13)
+    if queue:
+        monkeypatch.setattr(guard.GradScaler, "_on_cpu", False)
+        monkeypatch.setattr(scaler_steps, "why_not", lambda *_: None)
+    scales = []
+    for i, (x, y) in enumerate([*batches(), *batches()[:3]]):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        scaler.scale(loss * math.nan if i == 4 else loss).backward()
+        if i == 2:
+            model[0].weight.grad[1, 1] = math.inf
+        assert scaler.step(optimizer) is None
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales, model.state_dict(), scaler, optimizer
+
+
+@pytest.mark.usefixtures("on_device")
+def test_a_scalers_queued_steps_are_its_own_and_told_when_asked(monkeypatch):
+    scales, state, scaler, optimizer = scaled_loop(monkeypatch, True)
+    assert scales == [4096.0, 8192.0, 4096.0, 4096.0, 4096.0, 8192.0, 8192.0]
+    assert scaler._optimizers[optimizer].queue._queued == 7
+    assert [(one.step, one.where, one.culprit) for one in scaler.records] == [
+        (2, "gradient", "0.weight"),
+        (4, "gradient", "0.weight"),
+    ]
+    assert scaler.skipped == 2
+    assert len(scaler.records) == 2
+    monkeypatch.undo()
+    expected_scales, expected, general, _ = scaled_loop(monkeypatch, False)
+    assert scales == expected_scales
+    assert [record.step for record in general.records] == [2, 4]
+    assert all(torch.equal(state[name], expected[name]) for name in state)

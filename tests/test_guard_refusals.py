@@ -201,3 +201,26 @@ def test_parameters_on_several_devices_are_refused_by_name():
     model = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3, device="meta"))
     with pytest.raises(DeviceError, match=r"parameter '1\.weight' is on meta, others on cpu; one is supported"):
         guarded(model=model)
+
+
+class Ignores(nn.Module):
+    """A network one of whose layers takes no part."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused, self.frozen = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(5, 3).requires_grad_(False)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, optim.Adam])
+def test_parameters_without_a_gradient_are_named_once(kind):
+    model = Ignores()
+    step = TrainStep(model, "cross_entropy", kind(model.parameters(), lr=0.1))
+    said = r"2 of 4 parameters got no gradient in the first step: 'unused.weight', 'unused.bias'; the loss"
+    with pytest.warns(UserWarning, match=said):
+        step(*batch())
+    before = copy.deepcopy(model.unused.state_dict())
+    step(*batch())
+    assert all(torch.equal(before[name], value) for name, value in model.unused.state_dict().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mlpkit.guard.scale import LossScale, check_scale
 from mlpkit.guard.state import parameters_of
 
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+_MOST_NAMED = 5
 _SETTINGS = ("lr", "weight_decay", "momentum", "dampening", "eps", "alpha", "betas")
 
 
@@ -133,3 +135,19 @@ def check_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
             )
     first = names[id(parameters[0])]
     raise ArgumentError(f"TrainStep: no parameter received a gradient (the first is {first!r}); the loss ignores them")
+
+
+def warn_of_idle_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Name the optimizer's parameters that a whole step has left without a gradient: they do not learn."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [one for one in parameters_of(optimizer) if one.requires_grad]
+    idle = [names[id(one)] for one in parameters if one.grad is None]
+    if not idle or len(idle) == len(parameters):
+        return  # the latter is an error
+    shown = ", ".join(repr(name) for name in idle[:_MOST_NAMED]) + (", ..." if len(idle) > _MOST_NAMED else "")
+    warnings.warn(
+        f"TrainStep: {len(idle)} of {len(parameters)} parameters got no gradient in the first step: {shown}; the loss "
+        "does not depend on them, and they stay as they are. Freeze them with requires_grad_(False) if that is meant",
+        UserWarning,
+        stacklevel=6,
+    )

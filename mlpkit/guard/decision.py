@@ -27,6 +27,7 @@ class Decision:
     def __init__(self, step: TrainStep) -> None:
         self._step = step
         self.direct = DirectUpdate(step.optimizer)
+        self._first = True
 
     def make(
         self, batches: list[MicroBatch], live_buffers: list[Tensor], scale: float, window: Window
@@ -37,6 +38,9 @@ class Decision:
         """
         step, ranks = self._step, self._step._ranks
         losses = [batch.loss for batch in batches]
+        if self._first:
+            self._first = False
+            checks.warn_of_idle_parameters(step._inner, step.optimizer)
         if ranks.alone and not ranks.sharded:
             norm = self.direct.take(losses, live_buffers, scale, step.clip_norm, step._absmax)
             if norm is not None:

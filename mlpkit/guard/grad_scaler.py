@@ -7,8 +7,7 @@ import math
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -19,8 +18,6 @@ from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 from mlpkit.errors import ArgumentError
 from mlpkit.guard import headroom
 from mlpkit.guard.aftermath import Follower
-from mlpkit.guard.attempt import MAY_OVERFLOW, Attempt, Verdict, fused_update
-from mlpkit.guard.census import Readings
 from mlpkit.guard.checks import check_settings
 from mlpkit.guard.culprit import names_or_places, parameter_names
 from mlpkit.guard.gate import Gate
@@ -31,13 +28,13 @@ from mlpkit.guard.record import SkipRecord
 from mlpkit.guard.scale import ScaleChange, check_rule, check_scale
 from mlpkit.guard.scaled_losses import ScaledLosses
 from mlpkit.guard.scaled_optimizer import ScaledOptimizer
-from mlpkit.guard.scaler_record import Skip, refuse_bad_state
+from mlpkit.guard.scaler_steps import ScalerSteps
 from mlpkit.guard.state import parameters_of
 
 _OWNER = "GradScaler"
 
 
-class GradScaler(torch.amp.GradScaler):
+class GradScaler(ScalerSteps):
     """Same as ``torch.amp.GradScaler``, and a step that would bring Inf or NaN anywhere is skipped without a trace.
 
     Change the import alone: gradients, loss and the update itself are looked at, with any optimizer; parameters and
@@ -93,10 +90,11 @@ class GradScaler(torch.amp.GradScaler):
             self._widen(check_scale(f"{_OWNER}: init_scale", float(init_scale)))
         self._follower = Follower(policy)
         self.history = history
-        self.records: list[SkipRecord] = []
+        self._records: list[SkipRecord] = []
         self.scale_changes: list[ScaleChange] = []
         self.steps = 0  # updates, of taken and skipped steps
-        self.skipped = 0
+        self._hold: Tensor | None = None  # on a device: whether the scale must stay, after a step that was queued
+        self._skipped = 0
         self._warned = False
         self._iteration: list[SkipRecord] = []
         self._backs_off = False  # a skip of this iteration asks for a lower scale
@@ -135,6 +133,25 @@ class GradScaler(torch.amp.GradScaler):
         self._gate.begin()
 
     @property
+    def records(self) -> list[SkipRecord]:
+        """Of every skip; of those that a device decided the 32 latest between two looks. Syncs where there are such."""
+        self._look()
+        return self._records
+
+    @property
+    def skipped(self) -> int:
+        """Iterations that were, as ``records`` knows them."""
+        self._look()
+        return self._skipped
+
+    def _look(self) -> None:
+        """Bring home what devices have skipped."""
+        for optimizer, kept in self._optimizers.items():
+            found = kept.queue.records(optimizer, self._names) if kept.queue is not None else []
+            self._records += found
+            self._skipped += len(found)
+
+    @property
     def headroom(self) -> dict[str, float]:
         """Bits between each gradient of the last step, scaled, and float16's largest number, by name. Syncs."""
         optimizer = self._unscaled() if self._unscaled is not None else None
@@ -171,7 +188,7 @@ class GradScaler(torch.amp.GradScaler):
         self._check_scale_growth_tracker("step")
         self._warn_once()
         try:
-            if not (args or kwargs) and self._taken_quickly(optimizer):
+            if not (args or kwargs) and (self._taken_quickly(optimizer) or self._put_in_queue(optimizer)):
                 return None
             check_settings(optimizer, _OWNER)
             if _scales_itself(optimizer):
@@ -193,6 +210,9 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return
         scale, tracker = self._check_scale_growth_tracker("update")
+        if new_scale is None and not self._iteration and self._hold is not None:
+            return self._update_on_device(scale, tracker, self._hold)
+        self._hold = None
         if new_scale is None and not self._iteration and self._on_cpu:
             return self._update_clean(scale, tracker)
         if isinstance(new_scale, float) or _readable(new_scale):
@@ -218,6 +238,15 @@ class GradScaler(torch.amp.GradScaler):
         self._changed(before, self._known)
         self._finish(before, skips)
 
+    def _update_on_device(self, scale: Tensor, tracker: Tensor, hold: Tensor) -> None:
+        """``update`` after steps whose fate is not known here: nothing is read."""
+        before = (scale.clone(), tracker.clone())
+        super().update()
+        scale.copy_(torch.where(hold, before[0], scale.clamp(self._floor, self._ceiling)))
+        tracker.copy_(torch.where(hold, before[1], tracker))
+        self._known, self._hold = None, None
+        self._finish(math.nan, [])
+
     def _update_clean(self, scale: Tensor, tracker: Tensor) -> None:
         """``update`` of an iteration without skips whose scale is read for nothing: torch's, in fewer words."""
         flags = [
@@ -240,44 +269,6 @@ class GradScaler(torch.amp.GradScaler):
 
     # What is behind them.
 
-    def _taken_quickly(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the step was good, and has been taken by one native call; if not, only gradients were unscaled."""
-        kept, alone = self._optimizers.get(optimizer), self._ranks is None or self._ranks.alone
-        if kept is None or kept.fused is None or not alone or not self._on_cpu or self._scale is None:
-            return False
-        ready = self._stage(optimizer) is OptState.READY
-        state = self._per_optimizer_states[id(optimizer)]
-        if not ready and any(flag.item() for flag in state["found_inf_per_device"].values()):
-            return False
-        if not all(math.isfinite(loss.item()) for loss in self._losses.step()) or not self._buffers_are_good():
-            return False
-        if not ready and (kept.largest is None or kept.largest > MAY_OVERFLOW):
-            return False  # whether the caller has clipped everything away is to be seen
-        taken = kept.take(optimizer, self._scale, state, ready)
-        if state["found_inf_per_device"]:
-            state["stage"] = OptState.STEPPED if taken else OptState.UNSCALED
-            self._unscaled = weakref.ref(optimizer)
-        if ready:
-            kept.unscaled_by_caller = False
-        self._norm = kept.norm if taken and self.history is not None else None
-        return taken
-
-    def _buffers_are_good(self) -> bool:
-        if self._gate is None or not self._gate.open:
-            return True
-        readings = Readings()
-        readings.add_norms(self._gate.buffers.checked(_OWNER))
-        return not readings.exceeded()
-
-    def _step(self, optimizer: torch.optim.Optimizer, update: Callable[[], Any], *, plain: bool) -> float | None:
-        if self._stage(optimizer) is OptState.READY:
-            self._unscale(optimizer, by_caller=False)
-        if not self._found_inf_per_device(optimizer):
-            raise AssertionError("No inf checks were recorded for this optimizer.")
-        value = self._attempt(optimizer, update, may_fuse=plain)
-        self._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
-        return value
-
     def _abandon(self, optimizer: torch.optim.Optimizer) -> None:
         """After an error: buffers go back, and the next iteration begins afresh though nobody called ``update``."""
         if self._gate is not None and self._gate.open:
@@ -296,73 +287,8 @@ class GradScaler(torch.amp.GradScaler):
         self._losses.clear()
         if self._gate is not None:
             self._gate.close()
-        self.skipped += bool(skips)
+        self._skipped += bool(skips)
         self._follower.follow(self.steps, record)
-
-    def _attempt(
-        self, optimizer: torch.optim.Optimizer, update: Callable[[], Any], *, may_fuse: bool = False
-    ) -> float | None:
-        kept, names = self._kept(optimizer), names_or_places(optimizer, self._names)
-        attempt = Attempt(optimizer, update, names, kept.saved, self._ranks, self._losses.step())
-        attempt.found = list(self._found_inf_per_device(optimizer).values())
-        if kept.unscaled_by_caller:
-            attempt.largest = kept.absmax.last()
-        gate = self._gate if self._gate is not None and self._gate.open else None
-        if gate is not None:
-            attempt.buffers, attempt.live_buffers = gate.buffers, gate.buffers.checked(_OWNER)
-        if may_fuse and (self._ranks is None or self._ranks.alone):
-            attempt.fused = kept.fused = fused_update(optimizer, kept.fused)
-        verdict = attempt.make()
-        kept.fused = attempt.fused
-        self._norm = attempt.norm if self.history is not None else None
-        if verdict is None:
-            value: float | None = attempt.value
-            return value
-        if gate is not None:
-            gate.buffers.restore()
-        refuse_bad_state(_OWNER, optimizer, names, self._gate, self._ranks)
-        found = any(bool(flag) for flag in attempt.found)
-        record = self._record(verdict, optimizer, kept, found)
-        # Scales move by the record's nature, and must stay equal: the guilty rank's word holds on all.
-        record = self._ranks.told(record) if self._ranks else record
-        self._backs_off |= found and record.nature in ("calibration", "gradient")
-        self._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
-        self._iteration.append(record)
-        self.records.append(record)
-        return None
-
-    def _record(
-        self, verdict: Verdict, optimizer: torch.optim.Optimizer, kept: ScaledOptimizer, found: bool
-    ) -> SkipRecord:
-        skip = Skip(verdict, self.steps, self.get_scale(), self.get_scale() <= self._floor, found)
-        record = skip.record(self._losses, self._gate, self._ranks, len(parameters_of(optimizer)))
-        return replace(record, absmax=kept.absmax.of(kept.place(optimizer, record.culprit, self._names)))
-
-    def _unscale(self, optimizer: torch.optim.Optimizer, *, by_caller: bool) -> None:
-        if self._enabled and self._stage(optimizer) is OptState.READY and self._scale is not None:
-            kept = self._kept(optimizer)
-            kept.unscaled_by_caller = by_caller
-            self._unscaled = weakref.ref(optimizer)
-            flags = kept.unscale(optimizer, self._scale)
-            if flags is not None:
-                state = self._per_optimizer_states[id(optimizer)]
-                state["found_inf_per_device"], state["stage"] = flags, OptState.UNSCALED
-                return
-            kept.look(optimizer, self._scale, self._names)
-        super().unscale_(optimizer)
-
-    def _stage(self, optimizer: torch.optim.Optimizer) -> Any:
-        return (
-            self._per_optimizer_states[id(optimizer)]["stage"]
-            if id(optimizer) in self._per_optimizer_states
-            else OptState.READY
-        )
-
-    def _kept(self, optimizer: torch.optim.Optimizer) -> ScaledOptimizer:
-        kept = self._optimizers.get(optimizer)
-        if kept is None:
-            kept = self._optimizers[optimizer] = ScaledOptimizer(optimizer)
-        return kept
 
     def _warn_once(self) -> None:
         if self._gate is None and not self._warned:
@@ -372,10 +298,6 @@ class GradScaler(torch.amp.GradScaler):
                 UserWarning,
                 stacklevel=3,
             )
-
-    @property
-    def _on_cpu(self) -> bool:
-        return self._scale is not None and self._scale.device.type == "cpu"
 
     def _widen(self, scale: float) -> None:
         self._floor, self._ceiling = min(self._floor, scale), max(self._ceiling, scale)
@@ -394,8 +316,8 @@ class GradScaler(torch.amp.GradScaler):
         self._known, self._clean_steps = None, int(state_dict.get("_growth_tracker", 0))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        state.update(_optimizers=None, _gate=None, _names={}, _ranks=None, _unscaled=None, _norm=None)
+        state = {**super().__getstate__(), "_records": list(self.records)}
+        state.update(_optimizers=None, _gate=None, _names={}, _ranks=None, _unscaled=None, _norm=None, _hold=None)
         state.update(_losses=ScaledLosses())
         return state
 

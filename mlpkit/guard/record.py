@@ -148,10 +148,16 @@ class StepResult:
     and ``grad_norm`` and ``culprit`` None.
     """
 
-    def __init__(self, loss: Tensor | float, scale: float, window: Window) -> None:
+    def __init__(self, loss: Tensor | float, scale: Tensor | float, window: Window) -> None:
         self._loss: Tensor | float = loss
         self._window = window
-        self.scale = scale
+        self._scale: Tensor | float = scale
+
+    @property
+    def scale(self) -> float:
+        """The loss scale of this step. Syncs where a device moves it."""
+        self._scale = float(self._scale)
+        return self._scale
 
     @property
     def loss(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ class ScaleChange:
     before: float
     after: float
     reason: str
+
+
+class OnDevice(Protocol):
+    """A scale and its clean steps as tensors of one number."""
+
+    value: Tensor
+    clean_steps: Tensor
 
 
 class LossScale:
@@ -49,11 +56,43 @@ class LossScale:
                 f"LossScale: init is {init!r}; it must lie between floor {floor!r} and ceiling {ceiling!r}"
             )
         check_rule("LossScale", growth=growth, backoff=backoff, growth_interval=growth_interval)
-        self.value = float(init)
-        self.clean_steps = 0
+        self._lent: OnDevice | None = None
+        self._value, self._clean_steps = float(init), 0
         self.growth, self.backoff, self.growth_interval = growth, backoff, growth_interval
         self.floor, self.ceiling = float(floor), float(ceiling)
         self.changes: list[ScaleChange] = []
+
+    @property
+    def value(self) -> float:
+        """The scale itself; syncs where a device moves it."""
+        return self._value if self._lent is None else self._lent.value.item()
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self._value = value
+        if self._lent is not None:
+            self._lent.value.fill_(value)
+
+    @property
+    def clean_steps(self) -> int:
+        """Since it changed; syncs where a device counts them."""
+        return self._clean_steps if self._lent is None else int(self._lent.clean_steps.item())
+
+    @clean_steps.setter
+    def clean_steps(self, count: int) -> None:
+        self._clean_steps = count
+        if self._lent is not None:
+            self._lent.clean_steps.fill_(count)
+
+    def lend(self, to: OnDevice) -> None:
+        """From now on a device moves it, by the same rule; such changes are not in ``changes``."""
+        to.value.fill_(self.value)
+        to.clean_steps.fill_(self.clean_steps)
+        self._lent = to
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is its own again."""
+        return {**self.__dict__, "_value": self.value, "_clean_steps": self.clean_steps, "_lent": None}
 
     def step_taken(self, step: int) -> None:
         """Count a clean step; grow when the run of them is long enough."""

@@ -15,6 +15,7 @@ from mlpkit.guard.attempt import dense, fused_update
 from mlpkit.guard.census import local
 from mlpkit.guard.culprit import names_or_places
 from mlpkit.guard.modes import watching_functions
+from mlpkit.guard.scaler_queue import ScalerQueue
 from mlpkit.guard.state import OptimizerCopy, parameters_of
 from mlpkit.guard.update import FusedUpdate
 
@@ -28,6 +29,7 @@ class ScaledOptimizer:
         self.unscaled_by_caller = False
         self.largest: float | None = None  # of the gradients that were unscaled last, after it, where that is known
         self.fused: FusedUpdate | None = None
+        self.queue: ScalerQueue | None = None
         self.norm: float | None = None  # of the gradients that the last quick step saw
 
     def unscale(self, optimizer: torch.optim.Optimizer, scale: Tensor) -> dict[torch.device, Tensor] | None:

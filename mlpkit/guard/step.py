@@ -28,6 +28,7 @@ from mlpkit.guard.replay import MicroBatch, call, random_state, set_random_state
 from mlpkit.guard.scale import LossScale, ScaleChange, check_scale, scaled
 from mlpkit.guard.small import SmallStep, SmallWindow
 from mlpkit.guard.state import Buffers, OptimizerCopy, Places, parameters_of
+from mlpkit.guard.update import DeviceScale
 
 
 class TrainStep:
@@ -161,7 +162,7 @@ class TrainStep:
 
     @property
     def scale_changes(self) -> list[ScaleChange]:
-        """Every growth and back-off of the loss scale."""
+        """Every growth and back-off of the loss scale that was not a device's own (``path`` is ``"queued"``)."""
         return self._loss_scale.changes if self._loss_scale else []
 
     @property
@@ -185,9 +186,9 @@ class TrainStep:
             self._check_call(target)
             queued = self._queued.attempt(self, inputs, target)
             if queued is not None:
-                value, self._window = queued
+                value, scale, self._window = queued
                 self.steps += 1
-                return StepResult(value, 1.0, self._window)
+                return StepResult(value, scale, self._window)
         outcome = self._native.again(inputs, target, self.clip_norm)
         if outcome is None:
             self._check_call(target)
@@ -269,12 +270,12 @@ class TrainStep:
         self._batches.append(MicroBatch(inputs, target, value, before))
         return value
 
-    def _loss_and_gradients(self, inputs: Any, target: Any) -> tuple[Tensor, list[Tensor]]:
+    def _loss_and_gradients(self, inputs: Any, target: Any, scale: DeviceScale | None) -> tuple[Tensor, list[Tensor]]:
         """A forward and backward that nothing has to be remembered of; the loss and the buffers to be looked at."""
         with self._autocast():
             output = call(self.model, inputs)
             loss = checks.check_loss(own_loss(output) if self._loss is None else self._loss(output, target))
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if scale is None else scale.scale(loss)).backward()  # type: ignore[no-untyped-call]
         return loss.detach().clone(), self._buffers.checked()
 
     def _finish(self) -> None:
