@@ -7,5 +7,6 @@ from mlpkit.population.ensemble import Ensemble, greedy
 from mlpkit.population.member import Member
 from mlpkit.population.population import Population
 from mlpkit.population.scores import Mark, Scores
+from mlpkit.population.sharded import ShardedPopulation
 
-__all__ = ["Ensemble", "Mark", "Member", "Population", "Scores", "greedy"]
+__all__ = ["Ensemble", "Mark", "Member", "Population", "Scores", "ShardedPopulation", "greedy"]

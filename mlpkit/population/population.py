@@ -304,9 +304,7 @@ class Population:
 
     def ranking(self) -> list[int]:
         """Ids of validated members, the best metric first; those that diverged come last."""
-        sign = -1 if self.metric in HIGHER_IS_BETTER else 1
-        scores = {index: score for index, score in self.scores.items() if score.best is not None}
-        return sorted(scores, key=lambda i: (scores[i].status == "diverged", sign * (scores[i].best or 0.0), i))
+        return ranked(self.scores, self.metric)
 
     def __repr__(self) -> str:
         counts = Counter(score.status for score in self.scores.values())
@@ -381,6 +379,13 @@ class Population:
 
     def _alone(self) -> _Alone:
         return _Alone(self._busy)
+
+
+def ranked(scores: dict[int, Scores], metric: str) -> list[int]:
+    """What ``ranking`` returns of these scores."""
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    found = {index: score for index, score in scores.items() if score.best is not None}
+    return sorted(found, key=lambda i: (found[i].status == "diverged", sign * (found[i].best or 0.0), i))
 
 
 class _Alone:
