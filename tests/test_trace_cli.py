@@ -1,11 +1,13 @@
 """``mlpkit trace``: the script runs as python would run it, keeps its exit code and output, and reports are written."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from mlpkit.cli import cli
@@ -190,3 +192,45 @@ def test_a_report_that_cannot_be_written_is_one_sentence_after_the_diagnosis(fol
     assert result.stderr.splitlines()[0].startswith("mlpkit: No failure in 1 step")
     assert result.stderr.splitlines()[1:] == [f"mlpkit: cannot write {folder / 'report.html'}: Is a directory"]
     assert sorted(path.name for path in folder.iterdir()) == ["diagnosis.json", "fine.py", "report.html"]
+
+
+RANKS = """
+    import os
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        x = torch.ones(2, 4)
+        if rank == 1 and step == 1:
+            x = torch.log(x - 2)
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_of_two_ranks_each_says_who_it_is_and_the_guilty_one_names_the_operation(folder):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    write(folder, "ranks.py", RANKS)
+    command = [sys.executable, *MLPKIT, "trace", "--out", "out", "ranks.py"]
+    started = [
+        subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+        )
+        for rank in "01"
+    ]
+    said = [one.communicate(timeout=300)[1] for one in started]
+    assert [one.returncode for one in started] == [0, 0], "\n".join(said)
+    innocent, guilty = (json.loads((folder / "out" / f"rank{rank}" / "diagnosis.json").read_text()) for rank in "01")
+    assert "mlpkit, rank 1: Step 1, forward (ranks.py:13): log in float32 gave NaN" in said[1]
+    assert (guilty["op"], guilty["step"], guilty["phase"], guilty["cause"]) == ("log", 1, "forward", "domain")
+    assert "mlpkit, rank 0: " in said[0]
+    assert innocent["phase"] != "forward"
+    assert innocent["op"] != "log"

@@ -1,6 +1,9 @@
 """Tracing changes nothing: training is bit-identical, and no hook is left behind."""
 
 import gc
+import json
+import random
+import sys
 import threading
 import warnings
 
@@ -42,17 +45,41 @@ def failing(model, step):
     return plain(model, step) * (torch.log(torch.zeros(())) if step == 12 else 1)
 
 
+def images(model, step):
+    return model(torch.randn(4, 2, 6, 6)).pow(2).mean()
+
+
+def sequences(model, step):
+    return model(torch.randn(3, 5, 8)).pow(2).mean()
+
+
+def doubles(model, step):
+    return F.mse_loss(model(torch.randn(16, 8, dtype=torch.float64)), torch.zeros(16, 3, dtype=torch.float64))
+
+
+def halves(model, step):
+    return model(torch.randn(16, 8).bfloat16()).float().pow(2).mean()
+
+
 PROGRAMS = {
     "sgd": (mlp, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), plain),
     "adam foreach": (mlp, lambda p: torch.optim.Adam(p, foreach=True), plain),
     "adamw fused, batch norm": (lambda: mlp("batch"), lambda p: torch.optim.AdamW(p, fused=True), plain),
     "autocast": (lambda: mlp("layer"), torch.optim.Adam, under_autocast),
     "checkpoint": (lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)), torch.optim.Adagrad, checkpointed),
+    "convolutions": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        lambda p: torch.optim.SGD(p, 0.01, nesterov=True, momentum=0.9),
+        images,
+    ),
+    "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2), torch.optim.NAdam, sequences),
+    "float64": (lambda: mlp().double(), lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.01), doubles),
+    "bfloat16": (lambda: nn.Linear(8, 4).bfloat16(), lambda p: torch.optim.Adam(p, amsgrad=True), halves),
     "failing": (mlp, torch.optim.RMSprop, failing),
 }
 
 
-def run(name, tracer=None, steps=25):
+def run(name, tracer=None, steps=100):
     build, make_optimizer, loss_of = PROGRAMS[name]
     torch.manual_seed(3)
     model = build()
@@ -86,9 +113,9 @@ def test_losses_gradients_parameters_state_and_random_numbers_are_the_same_bits(
     without = run(name)
     tracer = Tracer()
     traced = run(name, tracer)
-    assert len(without) == len(traced) > 80
+    assert len(without) == len(traced) > 300
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(without, traced, strict=True))
-    assert tracer.steps == 25
+    assert tracer.steps == 100
     assert tracer.diagnosis.verdict == ("failure" if name == "failing" else "healthy")
 
 
@@ -150,6 +177,58 @@ def test_no_hook_is_left_behind_after_an_exception(failing):
         failing(model)
     assert hooks() == before
     assert tracer.diagnosis.verdict == "healthy"
+
+
+def interrupted_after(events):
+    """For ``sys.setprofile``: Ctrl-C at one of the calls and returns of Python."""
+    left = [events]
+
+    def count(frame, event, argument):
+        left[0] -= 1
+        if left[0] == 0:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    return count
+
+
+# An interrupt while Python frees a generator has nowhere to go.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("level", ["observe", "watch"])
+def test_an_interrupt_at_any_of_50_points_leaves_no_hook_and_a_readable_report(level, tmp_path):
+    before = hooks()
+    generator = random.Random(11)
+    stopped = 0
+    for point in [generator.randrange(1, 6000) for _ in range(50)]:
+        torch.manual_seed(0)
+        model, tracer = mlp(), Tracer(level=level)
+        optimizer = torch.optim.Adam(model.parameters())
+        try:
+            with tracer:
+                sys.setprofile(interrupted_after(point))
+                for step in range(12):
+                    optimizer.zero_grad()
+                    plain(model, step).backward()
+                    optimizer.step()
+                sys.setprofile(None)
+        except KeyboardInterrupt:
+            stopped += 1
+        finally:
+            sys.setprofile(None)
+        assert hooks() == before
+        written = json.loads(tracer.write_json(tmp_path / "diagnosis.json").read_text())
+        assert written["verdict"] == "healthy"
+        assert written["raised"] in (None, "KeyboardInterrupt")
+    assert stopped > 25
+
+
+def test_a_tracer_across_cells_starts_and_stops():
+    before = hooks()
+    tracer = Tracer().start()
+    assert hooks() != before
+    torch.log(torch.zeros(2)).sum().item()
+    assert tracer.stop().op == "log"
+    assert hooks() == before
 
 
 def test_a_module_that_raised_and_was_caught_leaves_no_name_behind():

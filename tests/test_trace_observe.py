@@ -2,6 +2,8 @@
 
 import math
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,3 +238,15 @@ def test_a_printed_result_is_still_what_came_out(capsys):
     assert "exp in float32 gave Inf" in traced(program).diagnosis.sentence
     assert capsys.readouterr().out == "tensor([0., 0., nan])\n"
     assert torch._tensor_str._str is text
+
+
+def test_a_cell_of_a_notebook_is_named_as_ipython_numbers_it(monkeypatch):
+    name = "/tmp/ipykernel_1/123.py"
+    shell = SimpleNamespace(compile=SimpleNamespace(_filename_map={name: 7}))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    cell = compile("def run():\n\n    return torch.log(torch.zeros(2)).sum().item()", name, "exec")
+    scope = {"torch": torch}
+    exec(cell, scope)
+    with Tracer() as tracer:
+        scope["run"]()
+    assert tracer.diagnosis.location == "In[7]:3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,18 +48,24 @@ def trace(module: bool, out: Path, level: str, fail_on: str, script: str, argume
     with --fail-on failure when a failure was found.
     """
     check_folder(out, "trace: --out")
+    # One of several processes, as torchrun starts them: each has a folder of its own, and says who it is.
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    who = "mlpkit" if rank is None else f"mlpkit, rank {rank}"
+    if rank is not None:
+        out = out / f"rank{int(rank)}"
+        out.mkdir(parents=True, exist_ok=True)
     # The program may change directory; what was asked for is meant from here.
     folder = Path.cwd() / out
     outcome = run(script, arguments, module=module, level=level)
     diagnosis = outcome.tracer.diagnosis
-    click.echo(f"mlpkit: {diagnosis.sentence}", err=True)
+    click.echo(f"{who}: {diagnosis.sentence}", err=True)
     outcome.tracer.write_json(folder / "diagnosis.json")
     extras = [
         _written(lambda: outcome.tracer.report(folder / "report.html"), out / "report.html"),
         str(out / "diagnosis.json"),
         _written(lambda: outcome.tracer.bundle(folder / "bundle.mlpk"), out / "bundle.mlpk"),
     ]
-    click.echo(f"mlpkit: {'; '.join(name for name in extras if name)}", err=True)
+    click.echo(f"{who}: {'; '.join(name for name in extras if name)}", err=True)
     failed = fail_on == "failure" and diagnosis.verdict == "failure"
     sys.exit(3 if failed else outcome.code)
 

@@ -70,23 +70,46 @@ class Tracer:
         if self._watching is None and not self._native.start():
             raise ArgumentError("Tracer: eight tracers are at work already, inside each other")
         self._entered = True
+        try:
+            self._open()
+        except BaseException:  # an interrupt must not leave half of the hooks behind
+            self._close()
+            raise
+        return self
+
+    def start(self) -> Tracer:
+        """Enter, for a notebook: from here on every cell is traced, until ``stop()``."""
+        return self.__enter__()
+
+    def stop(self) -> Diagnosis:
+        """Leave what ``start()`` entered; returns the diagnosis."""
+        self.__exit__(None, None, None)
+        return self.diagnosis
+
+    def _open(self) -> None:
         if self._watching is not None:
             self._watching.open()
-            return self
+            return
         self._unsubscribe = _events.subscribe(self._hear)
         self._where.open()
-        return self
+
+    def _close(self) -> None:
+        if self._watching is not None:
+            self._watching.close()
+            return
+        self._native.stop()
+        self._where.close()
+        if self._unsubscribe is not None:
+            self._unsubscribe()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # A SystemExit is an ending that a program chose.
         self.raised = kind.__name__ if kind is not None and not issubclass(kind, SystemExit) else None
+        self._close()
         if self._watching is not None:
-            return self._watching.close()
-        self._native.stop()
-        self._where.close()
-        self._unsubscribe()
+            return
         with torch.no_grad():
             self._observer.silence.finish()
             self._observer.sinks.finish(self._native.scaling)

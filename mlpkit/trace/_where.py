@@ -196,6 +196,14 @@ def run_compiled_code_eagerly() -> Callable[[], None]:
     return put_back
 
 
+def _cell(name: str) -> int | None:
+    """The number of the cell that IPython compiled under this name."""
+    shell: Any = sys.modules.get("IPython")
+    shell = shell.get_ipython() if shell is not None else None
+    known: dict[str, int] = getattr(getattr(shell, "compile", None), "_filename_map", {})
+    return known.get(name)
+
+
 def _drop_filter(entry: Any) -> None:
     filters: Any = warnings.filters
     if entry in filters:
@@ -221,7 +229,10 @@ def kind_of_file(name: str) -> int:
 
 
 def short(name: str) -> str:
-    """A file's name, relative to the working directory where it lies inside."""
+    """A file's name, relative to the working directory where it lies inside; ``In[7]`` for a notebook's cell."""
+    cell = _cell(name)
+    if cell is not None:
+        return f"In[{cell}]"
     here = os.getcwd() + os.sep
     path = os.path.abspath(name) if os.path.exists(name) else name
     return path.removeprefix(here)
