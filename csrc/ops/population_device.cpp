@@ -1,4 +1,4 @@
-// A population's members on a device: memory, jobs of a launch, and what comes back (ops).
+// A population's members on a device: what lies there, in the device's order and back in the host's (ops).
 #include "ops/population_device.h"
 
 #include <ATen/ops/empty.h>
@@ -12,37 +12,6 @@
 
 namespace mlpkit {
 namespace {
-
-constexpr const char* kStatus[] = {"alive", "epochs", "patience", "diverged"};
-
-const PopulationBackend& backend() {
-  const PopulationBackend* found = population_backend();
-  TORCH_CHECK_NOT_IMPLEMENTED(found, "population: mlpkit was built without CUDA");
-  return *found;
-}
-
-void check(const char* error) { TORCH_CHECK(!error, "population: the device reports: ", error); }
-
-cuda::MemberShape shape_of(const MemberNetwork& network, const MemberRecipe& recipe, int64_t rows) {
-  cuda::MemberShape shape{};
-  shape.dtype = network.bfloat16 ? Dtype::bfloat16 : Dtype::float32;
-  shape.layers = static_cast<int>(network.widths.size()) - 1;
-  for (int i = 0; i <= shape.layers && i <= cuda::kMemberLayers; ++i)
-    shape.widths[i] = static_cast<int>(std::min<int64_t>(network.widths[i], 1 << 20));
-  shape.batch = static_cast<int>(std::min<int64_t>(recipe.batch_size, rows));
-  bool drops = false;
-  for (const double p : recipe.dropout) drops = drops || dropout_threshold(p) > 0;
-  const bool linear = network.activation == Activation::identity && !drops;
-  shape.keeps_slopes = !(network.activation == Activation::relu || linear);
-  shape.prelu = network.activation == Activation::prelu;
-  const bool adam = network.optimizer == Optimizer::adam || network.optimizer == Optimizer::adamw;
-  shape.moments = (adam || network.with_momentum) + (network.optimizer != Optimizer::sgd);
-  return shape;
-}
-
-bool any_rounds(const std::vector<PopulationMember*>& members) {
-  return std::any_of(members.begin(), members.end(), [](const auto* member) { return member->network.bfloat16; });
-}
 
 // One part of a member's state between the host's order and the device's; to_device: from `host` to `device`.
 void move_part(const PopulationMember& member, const cuda::MemberPlaces& places, float* host, float* device,
@@ -63,6 +32,31 @@ void move_part(const PopulationMember& member, const cuda::MemberPlaces& places,
 
 }  // namespace
 
+const PopulationBackend& offered_device() {
+  const PopulationBackend* found = population_backend();
+  TORCH_CHECK_NOT_IMPLEMENTED(found, "population: mlpkit was built without CUDA");
+  return *found;
+}
+
+void check_device(const char* error) { TORCH_CHECK(!error, "population: the device reports: ", error); }
+
+cuda::MemberShape member_shape(const MemberNetwork& network, const MemberRecipe& recipe, int64_t rows) {
+  cuda::MemberShape shape{};
+  shape.dtype = network.bfloat16 ? Dtype::bfloat16 : Dtype::float32;
+  shape.layers = static_cast<int>(network.widths.size()) - 1;
+  for (int i = 0; i <= shape.layers && i <= cuda::kMemberLayers; ++i)
+    shape.widths[i] = static_cast<int>(std::min<int64_t>(network.widths[i], 1 << 20));
+  shape.batch = static_cast<int>(std::min<int64_t>(recipe.batch_size, rows));
+  bool drops = false;
+  for (const double p : recipe.dropout) drops = drops || dropout_threshold(p) > 0;
+  const bool linear = network.activation == Activation::identity && !drops;
+  shape.keeps_slopes = !(network.activation == Activation::relu || linear);
+  shape.prelu = network.activation == Activation::prelu;
+  const bool adam = network.optimizer == Optimizer::adam || network.optimizer == Optimizer::adamw;
+  shape.moments = (adam || network.with_momentum) + (network.optimizer != Optimizer::sgd);
+  return shape;
+}
+
 const PopulationBackend*& population_backend() {
   static const PopulationBackend* offered = nullptr;
   return offered;
@@ -70,7 +64,7 @@ const PopulationBackend*& population_backend() {
 
 DeviceMemory::DeviceMemory(int device, int64_t bytes) : device_(device), bytes_(bytes) {
   if (bytes == 0) return;
-  backend_ = &backend();
+  backend_ = &offered_device();
   memory_ = backend_->allocate(device, bytes);
   TORCH_CHECK(memory_, "population: the device has no ", bytes, " bytes left");
 }
@@ -85,10 +79,10 @@ DeviceMemory::~DeviceMemory() {
   if (memory_) backend_->release(device_, memory_);
 }
 void DeviceMemory::fill(const void* from, int64_t bytes) const {
-  if (bytes) check(backend_->copy(device_, memory_, from, bytes, true));
+  if (bytes) check_device(backend_->copy(device_, memory_, from, bytes, true));
 }
 void DeviceMemory::read(void* to, int64_t bytes) const {
-  if (bytes) check(backend_->copy(device_, to, memory_, bytes, false));
+  if (bytes) check_device(backend_->copy(device_, to, memory_, bytes, false));
 }
 
 void PopulationDevice::Table::upload(int device, const PopulationData& data) {
@@ -117,7 +111,7 @@ void PopulationDevice::Table::round(int device, const at::Tensor& x) {
 PopulationDevice::PopulationDevice(int device, const PopulationTask& task, const PopulationData& data,
                                    const PopulationData& validation)
     : device_(device), task_(task), x_(data.x), validation_x_(validation.x) {
-  const PopulationBackend& offered = backend();
+  const PopulationBackend& offered = offered_device();
   TORCH_CHECK_NOT_IMPLEMENTED(cuda_kernels() == CudaKernels::all,
                               "population: the CUDA kernels wait for their proof on a device; "
                               "MLPKIT_CUDA_KERNELS=all takes them");
@@ -137,7 +131,7 @@ std::string PopulationDevice::obstacle(const MemberNetwork& network, const Membe
            std::to_string(cuda::kMemberLayers - 1);
   cuda::MemberPlan plan{};
   const int64_t widest = *std::max_element(network.widths.begin(), network.widths.end());
-  if (widest > 16384 || !cuda::plan_member(shape_of(network, recipe, rows), facts_, plan))
+  if (widest > 16384 || !cuda::plan_member(member_shape(network, recipe, rows), facts_, plan))
     return "hidden makes a network whose weights do not fit the " + std::to_string(facts_.shared_bytes) +
            " bytes of shared memory that a block of this device has; train it on the CPU";
   return "";
@@ -146,7 +140,7 @@ std::string PopulationDevice::obstacle(const MemberNetwork& network, const Membe
 PopulationDevice::Resident& PopulationDevice::resident(PopulationMember& member) {
   Resident& found = residents_[&member];
   if (found.values) return found;
-  found.places = cuda::member_places(shape_of(member.network, member.recipe, member.rows.numel()));
+  found.places = cuda::member_places(member_shape(member.network, member.recipe, member.rows.numel()));
   const int64_t floats = found.places.floats;
   found.memory =
       DeviceMemory(device_, 4 * floats * (1 + member.has_first() + member.has_second() + member.validates()));
@@ -194,262 +188,6 @@ void PopulationDevice::fetch(PopulationMember& member) {
   }
   from.newer_here = false;
   from.newer_there = true;
-}
-
-const int32_t* PopulationDevice::rows_of(const at::Tensor& rows) {
-  if (!rows.defined() || rows.numel() == 0) return nullptr;
-  auto& [kept, memory] = rows_[rows.const_data_ptr()];
-  if (!kept.defined()) {
-    kept = rows;
-    memory = DeviceMemory(device_, 4 * rows.numel());
-    memory.fill(rows.const_data_ptr(), memory.bytes());
-  }
-  return memory.as<int32_t>();
-}
-
-cuda::MemberJob PopulationDevice::job_of(PopulationMember& member, const cuda::MemberPlan& plan,
-                                         const cuda::MemberShape& shape) {
-  const MemberNetwork& network = member.network;
-  const MemberRecipe& recipe = member.recipe;
-  Resident& at = resident(member);
-  upload(member, at);
-  cuda::MemberJob job{};
-  job.plan = plan;
-  job.layers = shape.layers;
-  for (int i = 0; i < shape.layers; ++i) {
-    const uint32_t threshold = i + 1 < shape.layers ? dropout_threshold(recipe.dropout[i]) : 0;
-    job.layer[i] = {
-        shape.widths[i],     shape.widths[i + 1], threshold,         static_cast<float>(dropout_scale(threshold)),
-        at.places.weight[i], at.places.bias[i],   at.places.slope[i]};
-  }
-  job.activation = network.activation;
-  job.negative_slope = static_cast<float>(network.negative_slope);
-  job.optimizer = network.optimizer;
-  job.group = member.group(recipe.lr);
-  job.clip_norm = recipe.clip_norm;
-  job.min_delta = recipe.min_delta;
-  job.certain = static_cast<float>(1.0 - recipe.label_smoothing);
-  job.spread = static_cast<float>(recipe.label_smoothing / static_cast<double>(network.widths.back()));
-  job.seed = network.seed;
-  job.patience = recipe.patience;
-  job.last_epoch = recipe.epochs;
-  job.batch = shape.batch;
-  job.rows = static_cast<int>(member.rows.numel());
-  job.validation_rows = member.validates() ? static_cast<int>(member.validation_rows.numel()) : 0;
-  job.steps = static_cast<int>(member.steps_per_epoch());
-  job.row = rows_of(member.rows);
-  job.validation_row = rows_of(member.validation_rows);
-  job.values = at.values;
-  job.first = at.first;
-  job.second = at.second;
-  job.best = at.best;
-  return job;
-}
-
-bool PopulationDevice::Group::operator<(const Group& other) const {
-  return std::tie(dtype, warps, resident) < std::tie(other.dtype, other.warps, other.resident);
-}
-
-std::vector<PopulationDevice::Batch> PopulationDevice::grouped(const std::vector<PopulationMember*>& members,
-                                                               bool training) {
-  std::vector<Batch> batches;
-  std::map<Group, size_t> known;
-  for (PopulationMember* member : members) {
-    cuda::MemberShape shape = shape_of(member->network, member->recipe, member->rows.numel());
-    if (!training) {
-      shape.batch = cuda::kMemberRows;
-      shape.keeps_slopes = false;
-    }
-    cuda::MemberPlan plan{};
-    TORCH_CHECK(cuda::plan_member(shape, facts_, plan), "population: a member does not fit the device any more");
-    const Group group{shape.dtype, plan.warps, std::min(plan.resident, 8)};
-    const auto [at, fresh] = known.try_emplace(group, batches.size());
-    if (fresh) batches.push_back({group, {}, {}, 0});
-    Batch& batch = batches[at->second];
-    batch.members.push_back(member);
-    batch.jobs.push_back(job_of(*member, plan, shape));
-    batch.shared_bytes = std::max(batch.shared_bytes, plan.shared_bytes);
-  }
-  return batches;
-}
-
-int PopulationDevice::blocks_of(const Batch& batch) const {
-  return std::min(static_cast<int>(batch.jobs.size()), facts_.multiprocessors * batch.group.resident);
-}
-
-void PopulationDevice::train(const std::vector<MemberPlace>& queue, int64_t epochs) {
-  std::vector<PopulationMember*> members;
-  std::map<const PopulationMember*, int> epochs_of;
-  for (const MemberPlace& place : queue) {
-    members.push_back(place.member);
-    epochs_of[place.member] = static_cast<int>(std::min({epochs, place.epochs, int64_t{1} << 20}));
-  }
-  std::vector<Batch> batches = grouped(members, true);
-  if (any_rounds(members)) {
-    data_.round(device_, x_);
-    if (!one_table_) validation_.round(device_, validation_x_);
-  }
-  // Tables and results of all launches, each at its place in one piece of memory.
-  StepTables tables;
-  int64_t curves = 0, count = 0;
-  for (Batch& batch : batches)
-    for (size_t i = 0; i < batch.jobs.size(); ++i, ++count) {
-      cuda::MemberJob& job = batch.jobs[i];
-      const PopulationMember& member = *batch.members[i];
-      job.epochs = epochs_of[&member];
-      const StepTables::Places places = tables.add(member, int64_t{job.steps} * job.epochs);
-      job.modest = member.recipe.modest(member.recipe.lr * places.largest_factor);
-      batch.tables.push_back(places);
-      curves += 3 * job.epochs;
-    }
-  const DeviceMemory numbers(device_, 8 * static_cast<int64_t>(tables.numbers.size())), scores(device_, 8 * curves),
-      state(device_, static_cast<int64_t>(sizeof(cuda::MemberNow)) * count),
-      jobs(device_, static_cast<int64_t>(sizeof(cuda::MemberJob)) * count),
-      next(device_, 4 * static_cast<int64_t>(batches.size()));
-  numbers.fill(tables.numbers.data(), numbers.bytes());
-  std::vector<uint32_t> zeros(batches.size(), 0);
-  next.fill(zeros.data(), next.bytes());
-  std::vector<cuda::MemberNow> now;
-  std::vector<cuda::MemberJob> all;
-  double* curve = scores.as<double>();
-  for (Batch& batch : batches)
-    for (size_t i = 0; i < batch.jobs.size(); ++i) {
-      cuda::MemberJob& job = batch.jobs[i];
-      job.factors = batch.tables[i].factors < 0 ? nullptr : numbers.as<double>() + batch.tables[i].factors;
-      job.powers = batch.tables[i].powers < 0 ? nullptr : numbers.as<double>() + batch.tables[i].powers;
-      job.train_loss = curve;
-      job.validation_loss = curve += job.epochs;
-      job.metric = curve += job.epochs;
-      curve += job.epochs;
-      job.now = state.as<cuda::MemberNow>() + now.size();
-      now.push_back(now_of(*batch.members[i]));
-      all.push_back(job);
-    }
-  state.fill(now.data(), state.bytes());
-  jobs.fill(all.data(), jobs.bytes());
-  std::vector<cuda::MemberLaunch> launches;
-  std::vector<DeviceMemory> work;
-  const cuda::MemberJob* job = jobs.as<cuda::MemberJob>();
-  for (const Batch& batch : batches) {
-    cuda::MemberLaunch launch{};
-    launch.dtype = batch.group.dtype;
-    launch.task = {task_.loss, static_cast<float>(task_.delta), task_.metric};
-    launch.table = data_.at;
-    launch.validation = one_table_ ? data_.at : validation_.at;
-    launch.jobs = job;
-    launch.count = static_cast<int>(batch.jobs.size());
-    job += launch.count;
-    launch.next = next.as<uint32_t>() + launches.size();
-    launch.warps = batch.group.warps;
-    launch.shared_bytes = batch.shared_bytes;
-    launch.blocks = blocks_of(batch);
-    int outputs = 0;
-    for (const cuda::MemberJob& one : batch.jobs) {
-      launch.most_rows = std::max<int64_t>(launch.most_rows, one.rows);
-      if (one.plan.gradients < 0) launch.most_floats = std::max<int64_t>(launch.most_floats, one.plan.floats);
-      outputs = std::max(outputs, one.layer[one.layers - 1].out);
-    }
-    const auto take = [&](int64_t bytes_of_block) {
-      work.emplace_back(device_, launch.blocks * bytes_of_block);
-      return work.back().as<void>();
-    };
-    launch.order = static_cast<int32_t*>(take(8 * launch.most_rows));
-    launch.gradients = static_cast<float*>(take(4 * launch.most_floats));
-    launch.columns = static_cast<double*>(take(32 * int64_t{outputs}));
-    launches.push_back(launch);
-  }
-  check(backend().train(device_, launches.data(), static_cast<int>(launches.size())));
-  state.read(now.data(), state.bytes());
-  std::vector<double> curve_values(curves);
-  scores.read(curve_values.data(), scores.bytes());
-  const double* curve_at = curve_values.data();
-  size_t place = 0;
-  for (const Batch& batch : batches)
-    for (size_t i = 0; i < batch.jobs.size(); ++i) {
-      Resident& resident = residents_[batch.members[i]];
-      resident.newer_here = true;
-      resident.launched = {now[place].epochs_of_launch, now[place].step - batch.members[i]->progress.step};
-      note(*batch.members[i], now[place++], curve_at, batch.jobs[i].epochs);
-      curve_at += 3 * batch.jobs[i].epochs;
-    }
-}
-
-cuda::MemberNow PopulationDevice::now_of(const PopulationMember& member) {
-  const MemberProgress& from = member.progress;
-  cuda::MemberNow now{};
-  now.epoch = from.epoch;
-  now.step = from.step;
-  now.taken = from.taken;
-  now.skipped = from.skipped;
-  now.skips_in_a_row = from.skips_in_a_row;
-  now.waited = from.waited;
-  now.best_epoch = from.best_epoch;
-  now.stopped_step = from.stopped_step;
-  now.best = from.best;
-  now.mark = from.mark;
-  return now;
-}
-
-// What a launch says of a member. curves: train loss, validation loss and metric, `stride` epochs each.
-void PopulationDevice::note(PopulationMember& member, const cuda::MemberNow& now, const double* curves,
-                            int64_t stride) {
-  MemberProgress& to = member.progress;
-  const int64_t begun = to.step, steps = member.steps_per_epoch();
-  to.epoch = now.epoch;
-  to.step = now.step;
-  to.taken = now.taken;
-  to.skipped = now.skipped;
-  to.skips_in_a_row = now.skips_in_a_row;
-  to.waited = now.waited;
-  to.best_epoch = now.best_epoch;
-  to.stopped_step = now.stopped_step;
-  to.best = now.best;
-  to.mark = now.mark;
-  to.status = kStatus[static_cast<int>(now.status)];
-  if (now.status == cuda::MemberStatus::diverged) to.cause = text_of(now.cause);
-  for (int64_t epoch = 0; epoch < now.epochs_of_launch; ++epoch) {
-    to.train_loss.push_back(curves[epoch]);
-    to.validation_loss.push_back(curves[stride + epoch]);
-    to.metric.push_back(curves[2 * stride + epoch]);
-    const int64_t last = std::min(begun + (epoch + 1) * steps, now.step) - 1;
-    to.lr.push_back(member.recipe.lr *
-                    schedule_factor(member.recipe.schedule, last, steps, steps * member.recipe.epochs));
-  }
-}
-
-at::Tensor PopulationDevice::predict(const std::vector<PopulationMember*>& members, const at::Tensor& x, bool best) {
-  const int64_t rows = x.size(0), out = members.front()->layers.back().out, each = rows * out;
-  at::Tensor y = at::empty({static_cast<int64_t>(members.size()), rows, out}, at::kFloat);
-  std::vector<Batch> batches = grouped(members, false);
-  const DeviceMemory to(device_, static_cast<int64_t>(y.nbytes())),
-      jobs(device_, static_cast<int64_t>(sizeof(cuda::MemberJob) * members.size())),
-      next(device_, 4 * static_cast<int64_t>(batches.size()));
-  Table asked;
-  asked.upload(device_, {x, {}, {}, {}});
-  if (any_rounds(members)) asked.round(device_, x);
-  std::vector<uint32_t> zeros(batches.size(), 0);
-  next.fill(zeros.data(), next.bytes());
-  std::map<const PopulationMember*, std::vector<int64_t>> places;  // a member may be asked for twice
-  for (size_t i = 0; i < members.size(); ++i) places[members[i]].push_back(static_cast<int64_t>(i));
-  std::vector<cuda::MemberJob> all;
-  std::vector<cuda::MemberOutputs> launches;
-  for (Batch& batch : batches) {
-    launches.push_back({batch.group.dtype, jobs.as<cuda::MemberJob>() + all.size(), static_cast<int>(batch.jobs.size()),
-                        batch.group.warps, batch.shared_bytes, blocks_of(batch), next.as<uint32_t>() + launches.size(),
-                        asked.at, rows});
-    for (size_t i = 0; i < batch.jobs.size(); ++i) {
-      cuda::MemberJob& job = batch.jobs[i];
-      const PopulationMember& member = *batch.members[i];
-      job.outputs = to.as<float>() + places[&member].back() * each;
-      places[&member].pop_back();
-      if (best && member.keeps_best()) job.values = job.best;
-      all.push_back(job);
-    }
-  }
-  jobs.fill(all.data(), jobs.bytes());
-  check(backend().predict(device_, launches.data(), static_cast<int>(launches.size())));
-  to.read(y.mutable_data_ptr(), to.bytes());
-  return y;
 }
 
 }  // namespace mlpkit

@@ -9,6 +9,12 @@
 
 namespace mlpkit {
 
+// What offers the device. Raises NotImplementedError where there is none.
+const PopulationBackend& offered_device();
+// Raises RuntimeError for what a device reports.
+void check_device(const char* error);
+cuda::MemberShape member_shape(const MemberNetwork& network, const MemberRecipe& recipe, int64_t rows);
+
 // Memory of a device, given back with its owner.
 class DeviceMemory {
  public:
@@ -89,6 +95,9 @@ class PopulationDevice {
   const int32_t* rows_of(const at::Tensor& rows);
   cuda::MemberJob job_of(PopulationMember& member, const cuda::MemberPlan& plan, const cuda::MemberShape& shape);
   std::vector<Batch> grouped(const std::vector<PopulationMember*>& members, bool training);
+  void run(std::vector<Batch>& batches, int64_t count);
+  cuda::MemberLaunch launch_of(const Batch& batch, const cuda::MemberJob* jobs, uint32_t* next,
+                               std::vector<DeviceMemory>& work) const;
   int blocks_of(const Batch& batch) const;
   static cuda::MemberNow now_of(const PopulationMember& member);
   static void note(PopulationMember& member, const cuda::MemberNow& now, const double* curves, int64_t stride);
