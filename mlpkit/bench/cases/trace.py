@@ -29,7 +29,7 @@ def cases(settings: Settings, peaks: Peaks) -> list[Case]:
     return [
         _case("MLP 64-256-256-10, 128 rows", 50, lambda: _mlp(64, 256, 10, 128)),
         _case("transformer encoder, 4 x 256, 8 x 128 tokens", 2, _transformer),
-        _case("MLP 1024-4096-4096-1024, 256 rows", 4, lambda: _mlp(1024, 4096, 1024, 256)),
+        _case("MLP 1024-4096-4096-1024, 256 rows", 2, lambda: _mlp(1024, 4096, 1024, 256)),
     ]
 
 
