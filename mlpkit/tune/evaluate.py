@@ -57,6 +57,7 @@ class Search:
         self.final_fits = 1
         self.threads = 1
         self.averaging = False
+        self.share = 1.0
 
     @property
     def done(self) -> bool:
@@ -295,7 +296,7 @@ class Search:
 
     def _deadline(self) -> float:
         # What remains after the fits on all rows, each of which costs a little more than one of its folds.
-        cost, end, (candidates, share) = self._usual(), self.clock.end, self._held
+        cost, end, (candidates, share) = self._usual(), self.share * self.clock.end, self._held
         fits = self.final_fits * 1.5 * cost / len(self.folds)
         held = min(candidates * cost, share * end) if candidates else 0.0
         return end - fits - held - min(_WRAP_UP_SECONDS, 0.05 * end)

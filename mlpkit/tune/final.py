@@ -29,7 +29,7 @@ _INTERVAL = (0.05, 0.95)
 def fit(search: Search, winner: Trial, committee: Committee | None) -> tuple[TunedModel, int]:
     """(the model on all rows, the epochs of the winner's fit); a committee that is better takes the winner's place."""
     problem = search.problem
-    spec, encoding = search.spec(winner.params)
+    encoding = search.spec(winner.params)[1]
     used = committee if committee is not None and committee.better else None
     trials, weights, seeds = ((winner,), (1,), (0,)) if used is None else (used.trials, used.weights, used.seeds)
     specs = [search.spec(trial.params)[0] for trial in trials]
@@ -42,14 +42,24 @@ def fit(search: Search, winner: Trial, committee: Committee | None) -> tuple[Tun
     whole: nn.Module = networks[0]
     if used is not None:
         whole = Average(networks, weights, classes=bool(problem.target.classes)).eval()
-    temperature, interval = _trust(search, unseen(search, winner, committee))
-    model = TunedModel(
-        model=whole, task=problem.target.task, target_name=problem.target.name, classes=problem.target.classes,
+    kept = tuple(members) if used is not None else ()
+    return tuned(search, winner, whole, encoder, mean, scale, kept, *trust(search, winner, committee)), epochs_of(
+        winner
+    )
+
+
+def tuned(
+    search: Search, winner: Trial, network: nn.Module, encoder: Encoder, mean: float, scale: float,
+    members: tuple[Member, ...], temperature: float, interval: tuple[float, float] | None,
+) -> TunedModel:  # fmt: skip
+    """A network on the encoder's inputs as the model that predicts."""
+    problem, (spec, encoding) = search.problem, search.spec(winner.params)
+    return TunedModel(
+        model=network, task=problem.target.task, target_name=problem.target.name, classes=problem.target.classes,
         columns=problem.columns, encoder=encoder, hidden=spec.hidden, activation=spec.activation, norm=spec.norm,
-        dropout=spec.dropout, target_mean=mean, target_scale=scale, log_target=encoding.log_target,
-        members=tuple(members) if used is not None else (), temperature=temperature, interval=interval,
+        dropout=spec.dropout, target_mean=mean, target_scale=scale, log_target=encoding.log_target, members=members,
+        temperature=temperature, interval=interval,
     )  # fmt: skip
-    return model, epochs_of(winner)
 
 
 def _networks(
@@ -151,8 +161,9 @@ def _outputs(winner: Trial, committee: Committee | None) -> list[Tensor] | None:
     return None if any(item is None for item in outputs) else [item for item in outputs if item is not None]
 
 
-def _trust(search: Search, rows: tuple[Any, Any] | None) -> tuple[float, tuple[float, float] | None]:
+def trust(search: Search, winner: Trial, committee: Committee | None) -> tuple[float, tuple[float, float] | None]:
     """(temperature of classes, 5 % and 95 % quantiles of a number's truth - output) from unseen rows."""
+    rows = unseen(search, winner, committee)
     if rows is None:
         return 1.0, None
     outputs, truth = rows

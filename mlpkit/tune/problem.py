@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,18 @@ def _weights(given: Any, rows: int) -> npt.NDArray[np.float64] | None:
     if not np.isfinite(weight).all() or (weight < 0.0).any() or weight.sum() <= 0.0:
         raise DataError("sample_weight must hold finite numbers from 0 up, and not only zeros")
     return weight
+
+
+def part_of(problem: Problem, rows: npt.NDArray[np.int64]) -> Problem:
+    """The same table with some of its rows."""
+    weight, groups, order = (
+        None if item is None else item[rows] for item in (problem.weight, problem.groups, problem.order)
+    )
+    return replace(
+        problem, data={name: values[rows] for name, values in problem.data.items()}, rows=len(rows), groups=groups,
+        target=replace(problem.target, values=problem.target.values[rows]), order=order,
+        weight=None if weight is None else weight / weight.mean(),
+    )  # fmt: skip
 
 
 def encode_fold(problem: Problem, fold: Fold, encoding: Encoding = PLAIN) -> trainer.FoldData:

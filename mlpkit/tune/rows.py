@@ -11,6 +11,7 @@ import numpy.typing as npt
 from mlpkit.tune.folds import Fold
 from mlpkit.tune.problem import Problem, decode_target, target_scale
 from mlpkit.tune.space import Encoding
+from mlpkit.tune.target import Target
 from mlpkit.tune.trainer import Outcome
 
 
@@ -26,14 +27,26 @@ def row_scores(
         if outcome.output is None:
             return None
         output = outcome.output.double().numpy()
-        if problem.target.task == "classification":
-            parts.append((output.argmax(1) == problem.target.values[fold.test]).astype(np.float64))
-            continue
-        mean, scale = target_scale(problem.target, fold.train, encoding)
-        truth = problem.target.values[fold.test]
-        predicted = decode_target(output[:, 0], mean, scale, encoding.log_target)
-        parts.append(1.0 - (predicted - truth) ** 2 / (float(np.var(truth)) or 1.0))
+        parts.append(
+            scores_of_rows(
+                problem.target, fold.test, output, target_scale(problem.target, fold.train, encoding), encoding
+            )
+        )
     return np.concatenate(parts) if parts else None
+
+
+def scores_of_rows(
+    target: Target, rows: npt.NDArray[np.int64], output: npt.NDArray[np.float64], scale: tuple[float, float],
+    encoding: Encoding,
+) -> npt.NDArray[np.float64]:  # fmt: skip
+    """(rows,) of these rows of the table; scale: (mean, scale) of the target as the network saw it."""
+    truth = target.values[rows]
+    if target.task == "classification":
+        hits: npt.NDArray[np.float64] = (output.argmax(1) == truth).astype(np.float64)
+        return hits
+    predicted = decode_target(output[:, 0], *scale, encoding.log_target)
+    scores: npt.NDArray[np.float64] = 1.0 - (predicted - truth) ** 2 / (float(np.var(truth)) or 1.0)
+    return scores
 
 
 def all_outputs(outcomes: Sequence[Outcome]) -> Any:

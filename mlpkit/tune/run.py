@@ -164,8 +164,8 @@ class Run:
         return whole
 
     def fold_of_row(self) -> list[int]:
-        """For every row (with a target) the fold that tests it; -1 for none."""
-        part = [-1] * int(self.data["rows"])
+        """For every row (with a target) the fold that tests it; -1 for none. Of a large table, those searched."""
+        part = [-1] * int(self.data.get("searched", self.data["rows"]))
         for number, fold in enumerate(self.folds):
             for row in fold.test:
                 part[int(row)] = number

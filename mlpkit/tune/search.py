@@ -15,13 +15,14 @@ import torch
 
 from mlpkit.errors import ArgumentError
 from mlpkit.report._extras import require
+from mlpkit.tune import large, rundir
 from mlpkit.tune import progress as speak
-from mlpkit.tune import rundir
 from mlpkit.tune.budget import Clock, read_budget
 from mlpkit.tune.ensemble import Committee, choose
 from mlpkit.tune.evaluate import Search
 from mlpkit.tune.final import estimate, fit
 from mlpkit.tune.folds import make_folds
+from mlpkit.tune.honest import Estimate
 from mlpkit.tune.journal import Journal, header_of
 from mlpkit.tune.ladder import Climb, from_trials
 from mlpkit.tune.model import TunedModel
@@ -80,6 +81,9 @@ def tune(
     it on stderr, False is silent. Same table, seed and versions give the same scores, unless the budget, being a time,
     cut the search short.
 
+    Above 200,000 rows the search sees a sample of 40,000, drawn evenly over the target, in half of the budget; the
+    winner is then judged on 20,000 rows held out and fitted on all.
+
     Raises DataError for a table, ArgumentError for an argument that cannot be used. Torch's and NumPy's global
     generators are left as they were.
     """
@@ -105,21 +109,32 @@ def tune(
         numeric=sum(column.kind == "numeric" for column in problem.columns),
     )
     metric = "accuracy" if problem.target.task == "classification" else "R2"
+    whole: large.Whole | None = None
+    if problem.rows > large.MOST_ROWS:
+        problem, whole = large.sampled(problem, seed)
     with closing(journal), speak.choose(progress, metric, cv) as say, _threads() as threads:
         search = _prepared(problem, wanted, cv, seed, clock, say, journal)
         search.threads = threads
-        averaging = strategy == "auto" if ensemble is None else bool(ensemble)
+        averaging = whole is None and (strategy == "auto" if ensemble is None else bool(ensemble))
         search.final_fits, search.averaging = _FITS_OF_AN_AVERAGE if averaging else 1, averaging
+        search.share = 1.0 if whole is None else large.SEARCH_SHARE
         _run_strategy(strategy, search)
         result = from_trials(search.trials, [widths(params) for params in search.untried])
         committee = choose(search, result) if averaging else None
-        say.note(f"refitting {result.winner.words} on all {problem.rows} rows")
-        model, epochs = fit(search, result.winner, committee)
+        expected: Estimate | None = None
+        say.note(f"refitting {result.winner.words} on all {(whole.problem if whole else problem).rows} rows")
+        if whole is None:
+            model, epochs = fit(search, result.winner, committee)
+        else:
+            model, epochs, expected = large.fit(search, result.winner, whole)
     settings = {
         "strategy": strategy, "budget": str(allowed), "cv": cv, "seed": seed, "epochs_of_refit": epochs,
         "space": wanted.to_plain(),
     }  # fmt: skip
-    run = _run(search, result, committee, model, settings, command)
+    expected = expected or estimate(search, result, committee)
+    run = _run(search, result, committee, model, settings, command, expected)
+    if whole is not None:
+        run.data |= {"rows": whole.problem.rows, "searched": problem.rows, "held_out": len(whole.held)}
     run.test_score = None if test is None else model.score(*test)
     if target_path is not None:
         run.save(target_path, overwrite=overwrite)
@@ -146,9 +161,9 @@ def _prepared(
 
 def _run(
     search: Search, climb: Climb, committee: Committee | None, model: TunedModel, settings: dict[str, Any],
-    command: str | None,
+    command: str | None, expected: Estimate | None,
 ) -> Run:  # fmt: skip
-    problem, expected = search.problem, estimate(search, climb, committee)
+    problem = search.problem
     return Run(
         estimator=model,
         verdicts=judge(climb, search.metric, _floor(problem), search=search, committee=committee, expected=expected),

@@ -22,6 +22,9 @@ Kind = Literal["numeric", "categorical"]
 _NUMBERS_SHARE = 0.9  # A text column with at least this share of numbers is a number column with bad cells.
 _IDENTIFIER_SHARE = 0.5
 _IDENTIFIER_LEVELS = 20
+LARGE_FILE = 256 * 2**20  # bytes
+ROWS_AT_ONCE = 200_000
+MANY_ROWS = 200_000
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,7 @@ def read_csv(path: str | os.PathLike[str]) -> Any:
             # Rows longer than the header: unless told not to, pandas takes the first column for names of rows and
             # every other one for its neighbour.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(
-                source, sep=separator, na_values=["?"], skipinitialspace=True, low_memory=False, encoding="utf-8-sig",
-                index_col=False,
-            )  # fmt: skip
+            frame = _parse(source, separator)
     except pd.errors.EmptyDataError:
         raise DataError(f"{source} is empty") from None
     except UnicodeDecodeError as error:
@@ -68,6 +68,32 @@ def read_csv(path: str | os.PathLike[str]) -> Any:
     if len(frame) == 0:
         raise DataError(f"{source} has a header line but no rows")
     return frame
+
+
+def _parse(source: Path, separator: str) -> Any:
+    """The table; a large file piece by piece, since a parser holds the text of all that it reads at once."""
+    pd = pandas()
+    settings: dict[str, Any] = {
+        "sep": separator, "na_values": ["?"], "skipinitialspace": True, "low_memory": False, "encoding": "utf-8-sig",
+        "index_col": False,
+    }  # fmt: skip
+    if source.stat().st_size < LARGE_FILE:
+        return pd.read_csv(source, **settings)
+    pieces = [dict(piece.items()) for piece in pd.read_csv(source, chunksize=ROWS_AT_ONCE, **settings)]
+    if not pieces:
+        return pd.read_csv(source, **settings)
+    # Column by column, each piece let go as it is joined: the table is never in memory twice.
+    names, joined, mixed = list(pieces[0]), {}, []
+    for name in names:
+        parts = [piece.pop(name) for piece in pieces]
+        kinds = {part.dtype.kind in "iufb" for part in parts if part.notna().any()}
+        if len(kinds) > 1:  # Text in one piece makes text of the numbers in the others, as they were written.
+            mixed.append(name)
+            continue
+        joined[name] = pd.concat(parts, ignore_index=True).infer_objects()
+    if mixed:
+        joined |= dict(pd.read_csv(source, usecols=mixed, **settings).items())
+    return pd.DataFrame({name: joined[name] for name in names})
 
 
 def read_table(path: str | os.PathLike[str]) -> Any:
@@ -164,6 +190,10 @@ def fingerprint(frame: Any, target: Any) -> str:
     pd = pandas()
     digest = hashlib.sha256(repr([*frame.columns, target.name]).encode())
     for series in (*(frame[name] for name in frame.columns), target):
+        if len(series) > MANY_ROWS and pd.api.types.is_numeric_dtype(series):
+            numbers = series.to_numpy(dtype=np.float64, na_value=np.nan)
+            digest.update(pd.util.hash_array(numbers).tobytes())
+            continue
         values = series.astype(object).map(lambda value: None if value is pd.NA else value)
         digest.update(pd.util.hash_array(values.map(repr).to_numpy(dtype=object)).tobytes())
     return digest.hexdigest()
@@ -227,12 +257,11 @@ def _numbers(series: Any, name: str) -> npt.NDArray[np.float64]:
 
 
 def _texts(series: Any) -> npt.NDArray[Any]:
-    missing = series.isna().to_numpy()
-    values = series.astype(object).to_numpy()
-    texts = np.empty(len(values), dtype=object)
-    for row, value in enumerate(values):
-        texts[row] = None if missing[row] else _text(value)
-    return texts
+    # Once a level, not once a row: rows of a level share its text.
+    codes, levels = pandas().factorize(series.astype(object))
+    texts = np.array([*map(_text, levels), None], dtype=object)
+    column: npt.NDArray[Any] = texts[codes]  # A gap has the code -1.
+    return column
 
 
 def _text(value: object) -> str:

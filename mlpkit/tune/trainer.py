@@ -116,12 +116,14 @@ def train_members(
 
 
 def refit(
-    specs: Sequence[Spec], data: Split, out_features: int, epochs: Sequence[int], *, threads: int | None = None
-) -> list[nn.Module]:
+    specs: Sequence[Spec], data: Split, out_features: int, epochs: Sequence[int], *, threads: int | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> list[nn.Module]:  # fmt: skip
     """Train each spec on all of ``data`` for its number of epochs and return the models in eval mode.
 
     The weights are those of the epoch with the least loss on ``data``: the last may be one in which a constant learning
-    rate threw the network out of its valley. threads: that train them side by side; None is torch's number.
+    rate threw the network out of its valley. threads: that train them side by side; None is torch's number. stop: says
+    that no further epoch is to begin.
     """
     networks: dict[int, nn.Module] = {}
     for loss in dict.fromkeys(_loss(spec, out_features) for spec in specs):
@@ -138,12 +140,32 @@ def refit(
         )  # fmt: skip
         # Schedules follow a member's own epochs: it is dropped when it has had its number of them.
         done = 0
-        for stop in sorted(set(wanted.values())):
-            population.train(stop - done)
-            done = stop
-            population.drop(index for index, last in wanted.items() if last == stop)
+        for end in sorted(set(wanted.values())):
+            population.train(end - done, stop=stop)
+            done = end
+            population.drop(index for index, last in wanted.items() if last == end)
         networks |= {number: population.export(index, weights="best") for index, number in enumerate(numbers)}
     return [networks[number] for number in range(len(specs))]
+
+
+def fit_until(
+    spec: Spec, data: Split, out_features: int, rows: Any, validation_rows: Any, *, stop: Callable[[], bool],
+    threads: int | None = None,
+) -> tuple[nn.Module, int]:  # fmt: skip
+    """Train one spec on some rows of ``data``; (its best epoch's model, how many epochs that is).
+
+    rows, validation_rows: their numbers. stop: says that no further epoch is to begin.
+    """
+    member = replace(
+        _member(spec), patience=_patience(spec, len(rows)), rows=torch.from_numpy(rows).int(),
+        validation_rows=torch.from_numpy(validation_rows).int(),
+    )  # fmt: skip
+    population = Population(
+        [member], data.x, data.y, loss=_loss(spec, out_features), sample_weight=data.weight, progress=False,
+        threads=threads, out_features=out_features or None,
+    )  # fmt: skip
+    population.train(_MAX_EPOCHS, stop=stop)
+    return population.export(0, weights="best"), (population.scores[0].best_epoch or 0) + 1
 
 
 def build(spec: Spec, in_features: int, out_features: int) -> nn.Module:
