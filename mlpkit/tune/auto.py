@@ -29,10 +29,12 @@ PORTFOLIO: tuple[Params, ...] = tuple(
     for layers, width in ((2, 64), (2, 128))
 )  # fmt: skip
 _USUAL_LR = 9e-4
+_LINEAR_LR = (6e-3, 2e-2, 6e-2)  # Its best depends on how far the classes can be told apart.
 _REPEATS = 2
 _FINALISTS = 3
 _AGAIN = 4
 _HELPS = 0.5
+_AT_ONCE = 4  # Switches: so few that a budget that ends among them has seen the first ones whole.
 _HOLD = 12.0  # What the finalists cost, in candidates.
 _HOLD_SHARE = 0.35
 _GAINED = 0.25  # A round that gains less than this share of one SE brought nothing.
@@ -40,7 +42,7 @@ _IDLE_ROUNDS = 2
 
 
 def auto(search: Search) -> None:
-    """Ladder; switches and learning rates of its winner; quasi-random over architecture, lr and regularisation; TPE.
+    """Ladder, and the linear model with less decay; switches, learning rates; quasi-random points; finer; TPE.
 
     Each stage starts only if the one before left something to gain: a table that the linear model fits as well as all
     networks of the ladder and of the first quasi-random round is done. Otherwise rounds of finer quasi-random points
@@ -49,6 +51,8 @@ def auto(search: Search) -> None:
     """
     search.hold(_HOLD, _HOLD_SHARE)
     climb_with(search)
+    if _allowed(search, {"layers": 0, "lr": _USUAL_LR, "weight_decay": 1e-2}):
+        search.evaluate([{"layers": 0, "weight_decay": 1e-2, "lr": value} for value in _LINEAR_LR], "linear settings")
     gained = _switches(search)
     _lr_range(search)
     space = search.space
@@ -108,7 +112,10 @@ def _switches(search: Search) -> list[str]:
     """
     best = search.best
     allowed = [change for change in SWITCHES if _allowed(search, change)]
-    found = search.evaluate([{**best.params, **change} for change in allowed], "switches")
+    found: list[Trial | None] = []
+    for first in range(0, len(allowed), _AT_ONCE):
+        part = [{**best.params, **change} for change in allowed[first : first + _AT_ONCE]]
+        found += search.evaluate(part, "switches")
     gains = [_gain(trial, best) for trial in found]
     order = sorted(range(len(allowed)), key=lambda at: gains[at])
     # Of switches for the same part the better one stays.

@@ -27,7 +27,7 @@ _LR = 6e-3
 _WEIGHT_DECAY = 0.3  # AdamW's: the weights shrink by lr * weight_decay = 0.18 % a step.
 _WRAP_UP_SECONDS = 0.5
 _MEASURED_SECONDS = 0.1
-_MOST_OF_THE_REST = 0.5
+_MOST_OF_THE_REST, _ALL_OF_IT = 0.5, 1.2
 _RUNG_FOLDS = 2  # Candidates are compared after this many folds; the others are for those that keep up.
 _PRUNE_SE = 3.0
 _SEEDS_APART = 5000  # Folds and repeats take the seeds between.
@@ -97,6 +97,7 @@ class Search:
         if not self.trials:
             _ = self.linear
         fresh: dict[str, Trial] = {}
+        rest = self._deadline() - self.clock.now()
         for params in wanted:
             key = self._key(params)
             if key in self._known or key in fresh:
@@ -105,7 +106,9 @@ class Search:
                 self.untried.append(params)
                 continue
             trial = self._trial(params, stage)
-            if not self._affordable(trial):
+            cost = self._cost(trial)
+            # What could not be finished is not begun.
+            if cost > min(_MOST_OF_THE_REST * rest, _ALL_OF_IT * rest - sum(map(self._cost, fresh.values()))):
                 self.untried.append(params)
                 continue
             fresh[key] = trial
@@ -325,11 +328,10 @@ class Search:
         """Thread seconds of a candidate that pass in a second of the clock; CPU time counts those of all threads."""
         return 1 if self.clock.budget.unit == "cpu-seconds" else min(self.threads, len(self.folds))
 
-    def _affordable(self, trial: Trial) -> bool:
-        """False where it would take more than half of what is left, by what the largest so far has cost."""
+    def _cost(self, trial: Trial) -> float:
+        """Seconds of the clock that it will take, by what the largest so far took."""
         largest = max(self.trials, key=_work)
-        cost = self._rate * largest.seconds * _work(trial) / _work(largest)
-        return cost <= _MOST_OF_THE_REST * (self._deadline() - self.clock.now())
+        return self._rate * largest.seconds * _work(trial) / _work(largest)
 
     def _key(self, params: Params) -> str:
         return repr(self.spec(params))

@@ -47,10 +47,10 @@ def corrected(
     rng = np.random.default_rng([seed, 21])
     left_out = []
     for _ in range(_DRAWS):
-        drawn = rng.integers(0, count, count)
-        out = np.setdiff1d(np.arange(count), drawn)
-        if len(out):
-            chosen = _choose(rows[:, drawn], depths)
+        times = np.bincount(rng.integers(0, count, count), minlength=count).astype(np.float64)
+        out = times == 0.0
+        if out.any():
+            chosen = _choose(rows, times, depths)
             # Against the winner on the same rows, so that the luck of the draw itself cancels.
             left_out.append(rows[chosen, out].mean() - rows[winner, out].mean())
     lost = max(0.0, -float(np.mean(left_out))) if left_out else 0.0
@@ -61,19 +61,24 @@ def corrected(
     return Estimate(score, score - _NORMAL_90 * se, score + _NORMAL_90 * se, raw, lost)
 
 
-def _choose(rows: npt.NDArray[np.float64], depths: Sequence[int]) -> int:
-    """The ladder's choice from scores by row."""
-    means = rows.mean(axis=1)
+def _choose(rows: npt.NDArray[np.float64], times: npt.NDArray[np.float64], depths: Sequence[int]) -> int:
+    """The ladder's choice from scores by row, each row counted so many times."""
+    share = times / times.sum()
+    means = rows @ share
     order = sorted(set(depths))
     best = {
         depth: max((at for at, own in enumerate(depths) if own == depth), key=lambda at: means[at]) for depth in order
     }
-    chosen = best[order[0]]
+    chosen, root = best[order[0]], math.sqrt(float(times.sum()))
     for depth in order[1:]:
-        difference = rows[best[depth]] - rows[chosen]
-        root = math.sqrt(len(difference))
+        challenger = rows[best[depth]]
         # Folds share training rows: their paired error counts 1.5 times, as in stats.compare for 5 folds.
-        se = max(1.5 * float(np.std(difference)) / root, float(np.std(rows[best[depth]])) / root)
-        if float(np.mean(difference)) > se:
+        se = max(1.5 * _deviation(challenger - rows[chosen], share), _deviation(challenger, share)) / root
+        if means[best[depth]] - means[chosen] > se:
             chosen = best[depth]
     return chosen
+
+
+def _deviation(values: npt.NDArray[np.float64], share: npt.NDArray[np.float64]) -> float:
+    centred = values - float(values @ share)
+    return math.sqrt(float(centred**2 @ share))
