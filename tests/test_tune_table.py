@@ -128,7 +128,7 @@ def test_useless_column_is_left_out_with_a_note(values, words):
 def test_nothing_left_is_an_error_that_says_why():
     with pytest.raises(DataError, match="no usable input column is left: column 'a' is empty"):
         problem_of(frame_with(a=np.nan))
-    with pytest.raises(DataError, match="no usable input column is left"):
+    with pytest.raises(DataError, match="no column beside the target"):
         problem_of(frame_with()[["y"]])
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from mlpkit.errors import ArgumentError, DataError, ShapeError
 from mlpkit.report._extras import require
+from mlpkit.tune.cells import check_header, read_cells
 
 Kind = Literal["numeric", "categorical"]
 
@@ -41,7 +42,10 @@ def pandas() -> Any:
 
 
 def read_csv(path: str | os.PathLike[str]) -> Any:
-    """A DataFrame from a text table with a header line; commas, semicolons or tabs. Empty cells and "?" are missing."""
+    """A DataFrame from a text table with a header line; commas, semicolons or tabs. Empty cells and "?" are missing.
+
+    Dates become dates; where semicolons or tabs separate, a decimal comma is understood.
+    """
     pd = pandas()
     source = Path(path)
     if not source.exists():
@@ -51,12 +55,14 @@ def read_csv(path: str | os.PathLike[str]) -> Any:
     try:
         with source.open(encoding="utf-8-sig") as stream:
             header = stream.readline()
-        separator = max(",;\t", key=header.count)
+            separator = max(",;\t", key=header.count)
+            stream.seek(0)
+            check_header(stream, separator)
         with warnings.catch_warnings():
             # Rows longer than the header: unless told not to, pandas takes the first column for names of rows and
             # every other one for its neighbour.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = _parse(source, separator)
+            frame = read_cells(_parse(source, separator), separator)
     except pd.errors.EmptyDataError:
         raise DataError(f"{source} is empty") from None
     except UnicodeDecodeError as error:
@@ -159,6 +165,8 @@ def learn_columns(
     for name in (*categorical, *ignore):
         if name not in frame.columns:
             raise ArgumentError(f"no column {name!r}{nearest(name, frame.columns)}")
+    if not len(frame.columns):
+        raise DataError("the table has no column beside the target: there is nothing to learn from")
     columns: list[Column] = []
     notes: list[str] = []
     for name in frame.columns:
