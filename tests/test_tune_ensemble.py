@@ -159,6 +159,38 @@ def test_a_run_predicts_with_the_average_saves_it_and_says_so(averaged):
     assert run.estimate.score > run.winner.mean - run.estimate.optimism
 
 
+def test_networks_of_several_encodings_are_averaged_each_on_its_own_inputs(monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "train_members", FakeTrainer(quality, hits=True))
+    frame = table(240)
+    space = {"epochs": 5, "scaling": ["standard", "robust"], "periodic": [0.0, 0.3], "layers": [1, 2]}
+    run = tune(
+        frame, "label", strategy="random", ensemble=True, budget="24 trials", random_state=0, progress=False,
+        space=space, out=tmp_path / "run",
+    )  # fmt: skip
+    model = run.estimator
+    parts = {member.inputs for member in model.members}
+    assert len(parts) > 1
+    assert max(end for _, end in parts) == len(model.encoder.feature_names) == model.inputs(frame).shape[1]
+    loaded = TunedModel.load(tmp_path / "run")
+    np.testing.assert_array_equal(loaded.predict_proba(frame), model.predict_proba(frame))
+    module, inputs = model.export(), model.inputs(frame)
+    torch.testing.assert_close(module(inputs), run.model(inputs))
+    assert model.uncertainty(frame)["disagreement"].between(0, 1).all()
+
+
+def test_the_winner_from_other_seeds_is_averaged(monkeypatch):
+    search, _ = searching(monkeypatch, quality, rows=300, hits=True)
+    search.evaluate(WIDTHS, "x", prune=False)
+    climb = from_trials(search.trials)
+    search.retrain(climb.winner, 4)
+    assert len(climb.winner.again) == 4
+    committee = choose(search, climb)
+    assert committee.better
+    winners = [seed for trial, seed in zip(committee.trials, committee.seeds) if trial is climb.winner]
+    assert sorted(winners) == [0, 1, 2, 3, 4]
+    assert len({weight for trial, weight in zip(committee.trials, committee.weights) if trial is climb.winner}) == 1
+
+
 def test_the_export_of_an_average_computes_the_same(averaged):
     run, frame, _ = averaged
     module, inputs = run.estimator.export(), run.estimator.inputs(frame)

@@ -119,6 +119,21 @@ def test_extreme_numbers_stay_finite(values):
     assert np.isfinite(encoder.transform({"a": np.array([1e300, -1e300, np.nan])})).all()
 
 
+def test_waves_of_a_number_are_inputs_too():
+    data, columns, rows = column([*np.linspace(-2, 2, 20), math.nan])
+    plain = Encoder.fit(data, columns, rows).transform(data)
+    encoder = Encoder.fit(data, columns, rows, periodic=0.5)
+    inputs, frequencies = encoder.transform(data), encoder.codes[0].frequencies
+    assert inputs.shape[1] == plain.shape[1] + 2 * len(frequencies) == len(encoder.feature_names)
+    np.testing.assert_array_equal(inputs[:, :2], plain)
+    for at, frequency in enumerate(frequencies):
+        turned = 2 * np.pi * frequency * plain[:, 0].astype(np.float64)
+        np.testing.assert_allclose(inputs[:, 2 + 2 * at], np.sin(turned), atol=1e-6)
+        np.testing.assert_allclose(inputs[:, 3 + 2 * at], np.cos(turned), atol=1e-6)
+    assert Encoder.from_dict(encoder.to_dict()) == encoder
+    assert not Encoder.fit(*column([0.0, 1.0, 0.0, 1.0]), periodic=0.5).codes[0].frequencies
+
+
 def test_encoder_survives_the_way_through_json():
     data, columns, rows = column(["x", "y", None], "categorical")
     data["b"] = np.array([1.0, np.nan, 3.0])

@@ -11,6 +11,7 @@ from tune_fakes import searching
 from mlpkit.errors import ArgumentError
 from mlpkit.tune.auto import auto
 from mlpkit.tune.budget import Budget, Clock, read_budget
+from mlpkit.tune.evaluate import Search
 from mlpkit.tune.journal import Journal
 from mlpkit.tune.ladder import from_trials
 from mlpkit.tune.space import Range, Space
@@ -95,6 +96,41 @@ def test_linear_problems_end_the_default_strategy_early(monkeypatch):
     auto(search)
     assert len(search.trials) < 40
     assert from_trials(search.trials).winner_rung == 0
+
+
+def test_the_default_strategy_goes_on_until_nothing_more_is_gained(monkeypatch):
+    search, _ = searching(monkeypatch, planted, budget="2000 trials")
+    auto(search)
+    assert 80 < len(search.trials) < 400
+    assert search.converged > 0
+    assert search.best.mean > 0.87
+    short, _ = searching(monkeypatch, planted, budget="60 trials")
+    auto(short)
+    assert len(short.trials) == 60
+    assert not short.converged
+
+
+def test_a_candidate_that_the_budget_could_not_finish_is_not_begun(monkeypatch):
+    search, fake = searching(monkeypatch, planted, budget="20s", seconds=1.0)
+    monkeypatch.setattr(Search, "_rate", 1.0)
+    monkeypatch.setattr(search.clock, "now", lambda: sum(trial.seconds for trial in search.trials))
+    search.evaluate([{"layers": 1, "width": 16}], "x", prune=False)
+    before = len(fake.specs)
+    assert search.evaluate([{"layers": 2, "width": 256, "shape": "wide", "expand": False}], "x") == [None]
+    assert len(fake.specs) == before
+    assert search.untried
+
+
+def test_what_is_held_back_is_left_for_later(monkeypatch):
+    search, _ = searching(monkeypatch, planted, budget="100s", seconds=1.0)
+    monkeypatch.setattr(Search, "_rate", 1.0)
+    monkeypatch.setattr(search.clock, "now", lambda: 60.0)
+    search.evaluate([{"layers": 1, "width": 16}], "x", prune=False)
+    assert not search.done
+    search.hold(12.0, 0.5)
+    assert search.done
+    search.hold(0.0, 0.0)
+    assert not search.done
 
 
 def test_luck_among_many_candidates_earns_no_layer(monkeypatch):
