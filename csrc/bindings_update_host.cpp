@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -38,10 +39,26 @@ std::array<const py::str*, 4> names_of(Optimizer kind, const GuardedGroup& group
   return {&n.exp_avg, &n.exp_avg_sq, group.amsgrad ? &n.max_exp_avg_sq : nullptr, &n.step};
 }
 
+// The upper half of a float, which is enough of an upper bound.
+class Bound {
+ public:
+  Bound(double value = NAN) : bits_(std::isnan(value) ? kNan : above(value)) {}
+  operator double() const { return number(bits_); }
+
+ private:
+  static constexpr uint16_t kNan = 0x7fc0;
+  static float number(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+  static uint16_t above(double value) {
+    const uint16_t bits = static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(value)) >> 16);
+    return number(bits) < value ? bits + 1 : bits;  // the one after the largest number is Inf
+  }
+  uint16_t bits_;
+};
+
 // What the last step left of a parameter: upper bounds, valid while its tensors are as they were then.
 struct Known {
   uint64_t seen = 0;
-  float bounds[4] = {NAN, 0, 0, 0};
+  Bound bounds[4];
 };
 
 uint64_t hash_of(const GuardedRow& row) {
@@ -56,11 +73,6 @@ uint64_t hash_of(const GuardedRow& row) {
     mix(now.version[i]);
   }
   return hash;
-}
-
-float at_least(double bound) {
-  const float rounded = static_cast<float>(bound);
-  return rounded < bound ? std::nextafter(rounded, std::numeric_limits<float>::infinity()) : rounded;
 }
 
 // Values of the state by parameter. Its order is that of the parameters as a rule, which saves looking them up.
@@ -218,8 +230,7 @@ class HostUpdate {
 
   void remember(GuardedUpdate& update, size_t row, int32_t place) {
     const Extents& e = update.extents()[row];
-    known_[place] = {hash_of(update.rows()[row]),
-                     {at_least(e.p), at_least(e.first), at_least(e.second), at_least(e.third)}};
+    known_[place] = {hash_of(update.rows()[row]), {e.p, e.first, e.second, e.third}};
   }
 
   void tell(const GuardedUpdate& update, const Step& step, const GuardedOutcome& outcome) {

@@ -153,3 +153,46 @@ def test_a_captured_step_replays():
         run(twin, plain)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def without_syncs(call):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_train_step_in_fp16_waits_for_nothing():
+    model, optimizer = model_and_optimizer()
+    step = guard.TrainStep(model, "mse", optimizer, precision="fp16", clip_norm=1.0)
+    x, y = torch.randn(8, 16, device="cuda"), torch.randn(8, 4, device="cuda")
+    bad = torch.where(x > 1, math.inf, x)
+    results = [step(x, y), *(without_syncs(lambda batch=batch: step(batch, y)) for batch in (x, bad, x))]
+    assert step.path == "queued"
+    assert [result.skipped for result in results] == [False, False, True, False]
+    assert step.scale == 65536.0  # no scale could have helped
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_a_scalers_steps_wait_for_nothing():
+    model, optimizer = model_and_optimizer()
+    scaler = guard.GradScaler("cuda", init_scale=1024.0, model=model)
+    x = torch.randn(8, 16, device="cuda")
+    huge = torch.full((), 1e38, device="cuda")
+
+    def take(i):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        if i == 2:
+            loss.register_hook(lambda gradient: gradient * huge)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    take(0)
+    for i in range(1, 4):
+        without_syncs(lambda i=i: take(i))
+    assert [record.step for record in scaler.records] == [2]
+    assert scaler.get_scale() == 512.0
+    assert optimizer.state[model[0].weight]["step"].item() == 3

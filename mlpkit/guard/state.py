@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ class Buffers:
     def take(self) -> None:
         """Remember which tensors the buffers are, and copy them."""
         self._entries = []
-        self._owners = [(name, module._buffers, set(module._buffers)) for name, module in self._model.named_modules()]
+        owners = ((name, module._buffers) for name, module in self._model.named_modules())
+        self._owners = [(name, entries, set(entries)) for name, entries in owners if entries]
         for prefix, owner, _ in self._owners:
             for key, buffer in owner.items():
                 name = f"{prefix}.{key}" if prefix else key
@@ -78,10 +80,18 @@ class Buffers:
                     f"{owner}: the forward left buffer {name!r} {how}; change it in place with copy_, "
                     "or a bad step cannot be undone"
                 )
-        for prefix, entries, keys in self._owners:
-            for key in entries.keys() - keys:
-                raise ArgumentError(f"{owner}: the forward registered a new buffer {key!r} in {prefix!r}; do so before")
+        for prefix, _, key in self._new():
+            raise ArgumentError(f"{owner}: the forward registered a new buffer {key!r} in {prefix!r}; do so before")
         return [buffer for _, _, name, buffer, _ in self._entries if buffer is not None and name not in self.sentinels]
+
+    def _new(self) -> Iterator[tuple[str, dict[str, Tensor | None], str]]:
+        """(module, its buffers, key) of those that were registered since they were taken."""
+        if sum(len(module._buffers) for module in self._model.modules()) == len(self._entries):
+            return
+        known = {id(entries): keys for _, entries, keys in self._owners}
+        for name, module in self._model.named_modules():
+            for key in module._buffers.keys() - known.get(id(module._buffers), set()):
+                yield name, module._buffers, key
 
     def restore_unless(self, taken: Tensor) -> None:
         """``restore`` where this number on the device is 0, decided there; after ``checked``."""
@@ -89,9 +99,8 @@ class Buffers:
 
     def restore(self) -> None:
         """Bind and fill the buffers as they were; new ones go."""
-        for _, owner, keys in self._owners:
-            for key in owner.keys() - keys:
-                del owner[key]
+        for _, owner, key in list(self._new()):
+            del owner[key]
         for owner, key, _, buffer, shape in self._entries:
             owner[key] = buffer
             if buffer is not None and buffer.shape != shape:
@@ -108,16 +117,18 @@ class Places:
 
     def look(self) -> None:
         """Take them as they are now."""
-        self._entries: list[tuple[dict[str, Any], str, Any]] = [
-            (entries, key, one)
-            for module in self._model.modules()
-            for entries in (module._modules, module._parameters)
-            for key, one in entries.items()
-        ]
+        places = (entries for module in self._model.modules() for entries in (module._modules, module._parameters))
+        self._places: list[dict[str, Any]] = [entries for entries in places if entries]
+        self._known = [one for entries in self._places for one in entries.values()]
 
     def same(self) -> bool:
         """Whether every place holds what it held."""
-        return all(entries.get(key) is one for entries, key, one in self._entries)
+        now = [one for entries in self._places for one in entries.values()]
+        return len(now) == len(self._known) and all(map(is_, now, self._known))
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Those that were there at the last look, each as often as it is kept."""
+        return (one for one in self._known if isinstance(one, Tensor))
 
 
 class OptimizerCopy:

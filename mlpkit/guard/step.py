@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -97,7 +98,6 @@ class TrainStep:
         self.steps = 0  # taken and skipped
         self.skipped = 0
         self._loss = resolve(loss)
-        self._parameters = list(model.parameters())
         self._places = Places(model)
         self._inner = unwrapped(model)
         self._ranks = Ranks(model)
@@ -220,7 +220,6 @@ class TrainStep:
         if not (self._batches or self._ranks.sharded or self._places.same()):
             checks.check_parameters(self.model, self.optimizer, self._precision)
             self._places.look()
-            self._parameters = list(self.model.parameters())
 
     def _show(self, inputs: Any, target: Any) -> None:
         try:
@@ -367,7 +366,7 @@ class TrainStep:
         self._clear_gradients()
 
     def _clear_gradients(self) -> None:
-        for parameter in (*self._parameters, *parameters_of(self.optimizer)):
+        for parameter in chain(self._places.parameters(), parameters_of(self.optimizer)):
             parameter.grad = None
 
     def _autocast(self) -> AbstractContextManager[Any]:
