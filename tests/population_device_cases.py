@@ -140,7 +140,9 @@ def check_sizes(**device):
         [(2, 1, 64), (33, 3, 8), (31, 17, 31), (700, 5, 300)], [(), (1,), (1, 1, 1), (16, 33, 30), (130,)]
     ):
         table = numbers_table(rows, columns, outputs=2)
-        member = Member(hidden=hidden, batch_size=batch, epochs=2, dropout=0.1, optimizer="sgd", lr=1e-1, clip_norm=0.5)
+        member = Member(
+            hidden=hidden, batch_size=batch, epochs=2, dropout=0.1, optimizer="sgd", lr=1e-1, clip_norm=0.05
+        )
         one, other = (population([member], table, **settings).fit() for settings in ({}, device))
         ours, wanted = (trained.predict(table[0]).flatten().tolist() for trained in (other, one))
         assert ours == pytest.approx(wanted, rel=1e-4, abs=1e-5), (rows, columns, batch, hidden)
