@@ -22,7 +22,7 @@ from mlpkit.trace._recall import Recalled, Remembered
 from mlpkit.trace._records import Finding, Incident, OpRecord, Place, Scan
 from mlpkit.trace._silent import Silence
 from mlpkit.trace._sinks import Sinks
-from mlpkit.trace._where import Names, kind_of_file, short
+from mlpkit.trace._where import Names, in_guard, kind_of_file, short
 
 _FILLS = frozenset({"fill_", "full", "full_like", "new_full", "scalar_tensor", "masked_fill", "masked_fill_"})
 _FILLS |= {"constant_pad_nd", "where", "index_fill", "index_fill_"}
@@ -169,6 +169,8 @@ class Observer:
         finding = Finding("external", _word(found), text, index, {"value": value}, shape=list(tensor.shape))
         # An additive mask (zeros and -Inf) is meant to be infinite.
         intended = not found.nan and not found.posinf and found.absmax == 0
+        # What the guard's native update found out, such as the norm of the gradients, is no value of the program's.
+        intended = intended or (record.op == "empty" and in_guard())
         record.incident = Incident(record, finding, intended=intended)
         record.finding = finding
         if not intended:

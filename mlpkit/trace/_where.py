@@ -228,6 +228,14 @@ def kind_of_file(name: str) -> int:
     return _PASSED if name.startswith(_OURS) else _USER
 
 
+def in_guard() -> bool:
+    """Whether the guard's own code is what runs."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS + "trace", _TORCH)):
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(_GUARD)
+
+
 def short(name: str) -> str:
     """A file's name, relative to the working directory where it lies inside; ``In[7]`` for a notebook's cell."""
     cell = _cell(name)
