@@ -47,22 +47,22 @@ struct Watched {
 class WatchedStep {
  public:
   WatchedStep(const py::list& layers, const py::object& optimizer, const py::list& states, const Watched& watched,
-              bool bfloat16, const std::string& activation, double negative_slope, MlpStepLoss loss,
+              const std::string& precision, const std::string& activation, double negative_slope, MlpStepLoss loss,
               const py::object& class_weights, const std::string& kind);
 
   // None: something is not as it was proven to be. False: nothing was changed, because something is not finite, too
   // large or out of range. Otherwise the loss and the norm of the gradients.
-  py::object take(py::object inputs, py::object target, double clip_norm) {
+  py::object take(py::object inputs, py::object target, double clip_norm, double scale) {
     if (busy_ || !same() || !fits(inputs.ptr(), target.ptr())) return py::none();
-    return run(inputs, target, clip_norm);
+    return run(inputs, target, clip_norm, scale);
   }
   // The same where Python has just proven everything anew.
-  py::object take_proven(py::object inputs, py::object target, double clip_norm) {
+  py::object take_proven(py::object inputs, py::object target, double clip_norm, double scale) {
     const auto holds = [](const py::object& parameter) { return trained(parameter.ptr()); };
     if (busy_ || !same_places() || !read_dropout() || !read_groups() ||
         !std::all_of(trained_.begin(), trained_.end(), holds))
       return py::none();
-    return run(inputs, target, clip_norm);
+    return run(inputs, target, clip_norm, scale);
   }
 
   // For the garbage collector: a model may hold the step that watches it.
@@ -78,7 +78,7 @@ class WatchedStep {
   bool fits(PyObject* inputs, PyObject* target) const;
   bool read_dropout();
   bool read_groups();
-  py::object run(const py::object& inputs, const py::object& target, double clip_norm);
+  py::object run(const py::object& inputs, const py::object& target, double clip_norm, double scale);
 
   std::vector<Module> modules_;
   std::vector<Items> items_;
@@ -139,8 +139,9 @@ MlpStepNorm WatchedStep::norm_of(const py::handle& object) {
 // its group, its dictionary in the optimizer's state, and the names in it of the first and second moment and the step
 // count (or None).
 WatchedStep::WatchedStep(const py::list& layers, const py::object& optimizer, const py::list& states,
-                         const Watched& watched, bool bfloat16, const std::string& activation, double negative_slope,
-                         MlpStepLoss loss, const py::object& class_weights, const std::string& kind)
+                         const Watched& watched, const std::string& precision, const std::string& activation,
+                         double negative_slope, MlpStepLoss loss, const py::object& class_weights,
+                         const std::string& kind)
     : optimizer_(optimizer.attr("__dict__")),
       state_(optimizer.attr("state")),
       drawing_(watched.drawing),
@@ -189,7 +190,7 @@ WatchedStep::WatchedStep(const py::list& layers, const py::object& optimizer, co
   loss.class_weights = borrow(class_weights);
   in_ = tensors.front().weight->size(1);
   out_ = tensors.back().weight->size(0);
-  step_ = std::make_unique<MlpStep>(std::move(tensors), bfloat16, activation, negative_slope, loss, kind,
+  step_ = std::make_unique<MlpStep>(std::move(tensors), precision, activation, negative_slope, loss, kind,
                                     std::move(known_states));
 }
 
@@ -304,7 +305,7 @@ bool WatchedStep::read_groups() {
   return true;
 }
 
-py::object WatchedStep::run(const py::object& inputs, const py::object& target, double clip_norm) {
+py::object WatchedStep::run(const py::object& inputs, const py::object& target, double clip_norm, double scale) {
   MlpStepOutcome outcome{};
   const Flag busy(busy_);
   {
@@ -314,7 +315,7 @@ py::object WatchedStep::run(const py::object& inputs, const py::object& target, 
     const py::gil_scoped_release release;
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard unseen(kObserved);
-    outcome = step_->take(x, t, p_, draws_, clip_norm, groups_);
+    outcome = step_->take(x, t, p_, draws_, clip_norm, scale, groups_);
   }
   if (!outcome.taken) return py::bool_(false);
   for (const py::object& parameter : trained_) {
@@ -350,21 +351,23 @@ void bind_step(py::module_& m) {
   py::class_<WatchedStep>(m, "MlpStep", py::custom_type_setup(collect_garbage))
       .def(py::init([](const py::list& layers, const py::object& optimizer, const py::list& states,
                        const py::list& modules, const py::list& dicts, const py::list& entries, const py::list& rates,
-                       const py::list& hooks, const py::object& drawing, bool bfloat16, const std::string& activation,
-                       double negative_slope, const std::string& loss, bool mean, double delta, double label_smoothing,
-                       int64_t ignore_index, const py::object& class_weights, const std::string& kind) {
+                       const py::list& hooks, const py::object& drawing, const std::string& precision,
+                       const std::string& activation, double negative_slope, const std::string& loss, bool mean,
+                       double delta, double label_smoothing, int64_t ignore_index, const py::object& class_weights,
+                       const std::string& kind) {
              return std::make_unique<WatchedStep>(
-                 layers, optimizer, states, Watched{modules, dicts, entries, rates, drawing, hooks}, bfloat16,
+                 layers, optimizer, states, Watched{modules, dicts, entries, rates, drawing, hooks}, precision,
                  activation, negative_slope, MlpStepLoss{loss_of(loss), mean, delta, label_smoothing, ignore_index},
                  class_weights, kind);
            }),
            py::kw_only(), py::arg("layers"), py::arg("optimizer"), py::arg("states"), py::arg("modules"),
            py::arg("dicts"), py::arg("entries"), py::arg("rates"), py::arg("hooks"), py::arg("drawing"),
-           py::arg("bfloat16"), py::arg("activation"), py::arg("negative_slope"), py::arg("loss"), py::arg("mean"),
+           py::arg("precision"), py::arg("activation"), py::arg("negative_slope"), py::arg("loss"), py::arg("mean"),
            py::arg("delta"), py::arg("label_smoothing"), py::arg("ignore_index"), py::arg("class_weights"),
            py::arg("kind"))
-      .def("take", &WatchedStep::take, py::arg("inputs"), py::arg("target"), py::arg("clip_norm"))
-      .def("take_proven", &WatchedStep::take_proven, py::arg("inputs"), py::arg("target"), py::arg("clip_norm"));
+      .def("take", &WatchedStep::take, py::arg("inputs"), py::arg("target"), py::arg("clip_norm"), py::arg("scale"))
+      .def("take_proven", &WatchedStep::take_proven, py::arg("inputs"), py::arg("target"), py::arg("clip_norm"),
+           py::arg("scale"));
 }
 
 }  // namespace mlpkit

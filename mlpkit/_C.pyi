@@ -72,7 +72,7 @@ class MlpStep:
         rates: list[tuple[dict[str, Any], str]],
         hooks: list[dict[int, Any]],
         drawing: dict[str, Any] | None,
-        bfloat16: bool,
+        precision: str,
         activation: str,
         negative_slope: float,
         loss: str,
@@ -83,8 +83,10 @@ class MlpStep:
         class_weights: Tensor | None,
         kind: str,
     ) -> None: ...
-    def take(self, inputs: Any, target: Any, clip_norm: float) -> tuple[float, float] | bool | None: ...
-    def take_proven(self, inputs: Any, target: Any, clip_norm: float) -> tuple[float, float] | bool | None: ...
+    def take(self, inputs: Any, target: Any, clip_norm: float, scale: float) -> tuple[float, float] | bool | None: ...
+    def take_proven(
+        self, inputs: Any, target: Any, clip_norm: float, scale: float
+    ) -> tuple[float, float] | bool | None: ...
 
 class HostUpdate:
     def __init__(self, kind: str) -> None: ...

@@ -21,7 +21,7 @@ from guard_native_cases import (
 )
 
 from mlpkit.errors import ArgumentError, NonFiniteError
-from mlpkit.guard import TrainStep
+from mlpkit.guard import LossScale, TrainStep
 from mlpkit.nn import MLP
 from mlpkit.nn import layers as nn_layers
 from mlpkit.trace import Tracer
@@ -47,18 +47,24 @@ def test_an_update_of_every_shape_errs_no_more_than_stock(rows, hidden, cpu_capa
     assert_errs_no_more_than_stock(steep("mse", hidden=hidden), "mse", rows)
 
 
+# The loss scale of fp16 is one at which these gradients do not overflow.
+LOW = {"bf16": {"precision": "bf16"}, "fp16": {"precision": "fp16", "init_scale": 1024.0}}
+
+
+@pytest.mark.parametrize("precision", LOW)
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("activation", nn_layers.ACTIVATIONS)
-def test_an_update_in_bf16_errs_no_more_than_autocast(activation, loss, cpu_capability):
-    assert_errs_no_more_than_stock(steep(loss, activation=activation, precision="bf16"), loss)
+def test_an_update_in_16_bits_errs_no_more_than_autocast(activation, loss, precision, cpu_capability):
+    assert_errs_no_more_than_stock(steep(loss, activation=activation, **LOW[precision]), loss)
 
 
+@pytest.mark.parametrize("precision", LOW)
 @pytest.mark.parametrize(("rows", "hidden"), [(1, (3,)), (31, ()), (600, (300, 1)), (97, (16, 64, 40, 33))])
-def test_an_update_in_bf16_of_every_shape_errs_no_more_than_autocast(rows, hidden, cpu_capability):
-    assert_errs_no_more_than_stock(steep("mse", hidden=hidden, precision="bf16"), "mse", rows)
+def test_an_update_in_16_bits_of_every_shape_errs_no_more_than_autocast(rows, hidden, precision, cpu_capability):
+    assert_errs_no_more_than_stock(steep("mse", hidden=hidden, **LOW[precision]), "mse", rows)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("rows", [64, 700])
 def test_threads_change_no_bit(rows, precision):
     start, threads, results = trained("adam", hidden=(260, 130), precision=precision), torch.get_num_threads(), []
@@ -152,6 +158,83 @@ def test_a_bad_batch_changes_nothing_and_is_named(optimizer, fault):
         assert other.path == "native"
         torch.set_rng_state(state)
     assert same(everything(step), everything(twin))
+
+
+@pytest.mark.parametrize("fault", ["Inf in the batch", "NaN in the batch"])
+def test_a_bad_batch_in_fp16_changes_nothing_and_leaves_the_scale(fault):
+    step = trained("adam", clip_norm=0.5, **LOW["fp16"])
+    twin = copy.deepcopy(step)
+    x, target, culprit = FAULTS[fault](*batch("cross_entropy", 0))
+    before = everything(step)
+    torch.manual_seed(5)
+    result = step(x, target)
+    assert (result.skipped, result.culprit, step.scale) == (True, culprit, 1024.0)
+    assert same(before, everything(step))
+    torch.manual_seed(5)
+    torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
+    assert_steps_alike(step, twin)
+
+
+def test_scaled_gradients_beyond_float16_skip_the_step_and_back_off():
+    step = trained("adam", **LOW["fp16"])
+    twin = copy.deepcopy(step)
+    step._loss_scale.value = 2.0**24
+    before, overflows = everything(step), 0
+    torch.manual_seed(5)
+    while step(*batch("cross_entropy", 0)).skipped:
+        assert step.path == "general"
+        assert same(before, everything(step))
+        overflows += 1
+    assert overflows > 3
+    assert step.path == "native"
+    assert step.scale == 2.0 ** (24 - overflows)
+    twin._loss_scale.value = step.scale
+    torch.manual_seed(5)
+    torch.randint(-(2**63), 2**63 - 1, (2 * overflows,), dtype=torch.int64)
+    twin(*batch("cross_entropy", 0))
+    assert same(everything(step), everything(twin))
+    assert_steps_alike(step, twin)
+
+
+def assert_steps_alike(step, twin):
+    """Two more native steps of each, from the same random numbers, end in the same finite bits."""
+    for seed in (1, 2):
+        state = torch.get_rng_state()
+        for each in (step, twin):
+            torch.set_rng_state(state)
+            each(*batch("cross_entropy", seed))
+            assert each.path == "native", each.path_reason
+    assert same(everything(step), everything(twin))
+    assert all(torch.isfinite(tensor).all() for tensor in everything(step))
+
+
+def test_native_steps_of_fp16_move_the_scale_and_report_without_it():
+    step = trained("sgd", precision="fp16", init_scale=LossScale(256.0, growth_interval=3))
+    twin = general(step)
+    results = []
+    for each in (step, twin):
+        torch.manual_seed(0)
+        results.append(each(*batch("cross_entropy", 0)))
+    assert (step.path, twin.path) == ("native", "general")
+    assert results[0].scale == results[1].scale == 512.0
+    assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-2)
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-2)
+    for seed in (1, 2):
+        step(*batch("cross_entropy", seed))
+    assert step.scale == 1024.0
+    assert [change.reason for change in step.scale_changes] == ["growth", "growth"]
+
+
+def test_gradients_that_float16_flushes_to_zero_raise_the_scale():
+    step = trained("sgd", "mse", precision="fp16", init_scale=1.0)
+    last = step.model.layers[-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.fill_(1e-6)
+    result = step(batch("mse", 0)[0], torch.zeros(33, 5))
+    assert step.path == "native"
+    assert result.grad_norm == 0
+    assert [change.reason for change in step.scale_changes] == ["underflow"]
 
 
 def test_state_that_was_bad_before_is_an_error_and_never_a_skip():

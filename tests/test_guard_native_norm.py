@@ -15,11 +15,12 @@ from mlpkit.nn import layers as nn_layers
 NORMS = ["batch", "layer"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("activation", nn_layers.ACTIVATIONS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_update_errs_no_more_than_stock(norm, activation, precision, cpu_capability):
-    assert_errs_no_more_than_stock(steep("mse", norm=norm, activation=activation, precision=precision), "mse", rows=70)
+    start = steep("mse", norm=norm, activation=activation, precision=precision, init_scale=1024.0)
+    assert_errs_no_more_than_stock(start, "mse", rows=70)
 
 
 @pytest.mark.parametrize(("rows", "hidden"), [(33, (3,)), (600, (300, 40)), (97, (16, 64, 40, 33))])

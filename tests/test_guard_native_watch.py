@@ -139,7 +139,6 @@ def test_parts_that_are_never_native_say_why():
         (plain, lambda z, t: nn.functional.cross_entropy(z, t), torch.optim.SGD, {}, "loss"),
         (plain.double(), weighted, torch.optim.SGD, {}, "float32"),
         (MLP(7, (8,), 5), "cross_entropy", torch.optim.Adagrad, {}, "Adagrad"),
-        (MLP(7, (8,), 5), "cross_entropy", torch.optim.SGD, {"precision": "fp16"}, "precision"),
         (MLP(7, (8,), 5), "cross_entropy", torch.optim.SGD, {"accumulate": 2}, "accumulated"),
     ]
     for model, loss, optimizer, options, reason in rows:

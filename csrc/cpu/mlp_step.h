@@ -3,7 +3,7 @@
 // in the lanes of a vector, so neither narrow layers nor ten classes waste any.
 //
 // What is multiplied lies in 32-bit lanes: one float32, or two bfloat16 that are neighbours along the sum. lanes(n) is
-// the number of lanes that n numbers take. bfloat16 in one lane each is a float32 that was rounded.
+// the number of lanes that n numbers take. bfloat16 and float16 in one lane each are float32 that were rounded.
 #pragma once
 #include <cstddef>
 
@@ -81,7 +81,7 @@ struct StepWeights {  // fills what `forward` and `backward` of a layer point to
 };
 
 struct StepPanel {
-  Dtype dtype;  // float32 or bfloat16
+  Dtype dtype;  // float32, bfloat16 or float16
   const StepLayer* layers;
   int64_t count, rows, panel;  // at most kMostLayers
   const float* x;              // [rows, in]

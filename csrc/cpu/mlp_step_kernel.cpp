@@ -1,5 +1,5 @@
-// A training step of an MLP with one number in a lane: float32, or bfloat16 as a rounded float32 (cpu; compiled once
-// for each instruction set).
+// A training step of an MLP with one number in a lane: float32, or bfloat16 and float16 as rounded float32 (cpu;
+// compiled once for each instruction set).
 #include "cpu/mlp_step.h"
 
 #include "cpu/mlp_gradient.h"
@@ -50,10 +50,14 @@ struct Rounded {
 
 }  // namespace
 
-void step_weights(const StepWeights& w) { round_all<BFloat16>(w.weight, w.in * w.out, w.forward); }
+void step_weights(const StepWeights& w) {
+  if (w.dtype == Dtype::float16) return round_all<Half>(w.weight, w.in * w.out, w.forward);
+  round_all<BFloat16>(w.weight, w.in * w.out, w.forward);
+}
 
 void step_panel(const StepPanel& step) {
   if (step.dtype == Dtype::bfloat16) return Pass<Rounded<BFloat16>>(step).run();
+  if (step.dtype == Dtype::float16) return Pass<Rounded<Half>>(step).run();
   Pass<Rounded<float>>(step).run();
 }
 

@@ -65,6 +65,13 @@ MlpStepKernels mlp_step_kernels(Dtype dtype) {
   return {1, dtype == Dtype::float32 ? nullptr : cpu::step_weights, cpu::step_panel, cpu::step_gradient};
 }
 
+Dtype dtype_of_precision(const std::string& name) {
+  if (name == "bf16") return Dtype::bfloat16;
+  if (name == "fp16") return Dtype::float16;
+  TORCH_CHECK_VALUE(name == "fp32", "mlp_step: precision is '", name, "'; it must be fp32, bf16 or fp16");
+  return Dtype::float32;
+}
+
 Optimizer optimizer_from_name(const std::string& name) {
   if (name == "adam") return Optimizer::adam;
   if (name == "adamw") return Optimizer::adamw;
@@ -218,13 +225,14 @@ bool MlpStep::Work::bounded() {
   return largest <= kLargest && !negative;  // NaN is not
 }
 
-MlpStep::MlpStep(std::vector<MlpStepLayer> layers, bool bfloat16, const std::string& activation, double negative_slope,
-                 MlpStepLoss loss, const std::string& optimizer, std::vector<MlpStepState> states)
+MlpStep::MlpStep(std::vector<MlpStepLayer> layers, const std::string& precision, const std::string& activation,
+                 double negative_slope, MlpStepLoss loss, const std::string& optimizer,
+                 std::vector<MlpStepState> states)
     : work_(std::make_unique<Work>()) {
   TORCH_CHECK_VALUE(!layers.empty() && layers.size() <= kMostLayers, "mlp_step: ", layers.size(),
                     " layers came; it must be 1 to ", kMostLayers);
   work_->tensors = std::move(layers);
-  work_->dtype = bfloat16 ? Dtype::bfloat16 : Dtype::float32;
+  work_->dtype = dtype_of_precision(precision);
   work_->activation = activation_from_name(activation, "mlp_step");
   work_->negative_slope = static_cast<float>(negative_slope);
   work_->loss = loss;
@@ -242,7 +250,7 @@ MlpStep::MlpStep(std::vector<MlpStepLayer> layers, bool bfloat16, const std::str
 MlpStep::~MlpStep() = default;
 
 MlpStepOutcome MlpStep::take(const at::Tensor& x, const at::Tensor& target, const std::vector<double>& p, bool draws,
-                             double clip_norm, const std::vector<MlpStepGroup>& groups) {
+                             double clip_norm, double scale, const std::vector<MlpStepGroup>& groups) {
   Work& work = *work_;
   TORCH_CHECK_VALUE(p.size() + 1 == work.layers.size(), "mlp_step: p has ", p.size(), " entries; it must have ",
                     work.layers.size() - 1);
@@ -252,16 +260,17 @@ MlpStepOutcome MlpStep::take(const at::Tensor& x, const at::Tensor& target, cons
   work.set_dropout(p, seed.seed, seed.offset);
   work.set_rows(inputs.size(0));
   work.set_norms();
-  const std::optional<StepLoss> loss = work.loss_of(targets);
+  std::optional<StepLoss> loss = work.loss_of(targets);
   if (!loss) return {false, 0.0, 0.0};
+  loss->scale = static_cast<float>(work.loss_scale * scale);
   const double value = work.forward_and_backward(inputs.const_data_ptr<float>(), *loss);
   // Beyond float32, the general way's loss is Inf.
   if (!(std::abs(value) <= FLT_MAX)) return {false, value, 0.0};
-  const double norm = work.gradient_norm(), applied = clip_norm > 0 ? std::min(norm, clip_norm) : norm;
+  const double norm = work.gradient_norm() / scale, applied = clip_norm > 0 ? std::min(norm, clip_norm) : norm;
   // Written so that NaN is refused.
   if (!(applied <= kLargest) || !std::isfinite(norm) || !work.bounded() || !work.averages_bounded())
     return {false, value, norm};
-  const double factor = norm > applied ? applied / norm : 1.0;
+  const double factor = (norm > applied ? applied / norm : 1.0) / scale;
   // A float would have few bits left of it, or none.
   if (factor < 0x1p-126) return {false, value, norm};
   work.update(factor, groups);

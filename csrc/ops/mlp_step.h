@@ -56,21 +56,21 @@ struct MlpStepOutcome {
   double loss, norm;
 };
 
-// Parameters, gradients and state are float32 on the CPU; bfloat16: inputs, weights, outputs of hidden layers and what
-// flows back are rounded to that before they are multiplied, as under autocast. Parameters count as weight, bias, slope
-// of the first layer, and so on, absent ones left out. What the caller vouches for: contiguous tensors of the right
-// dtype and shape that live, all of them trained.
+// Parameters, gradients and state are float32 on the CPU; precision bf16 or fp16: inputs, weights, outputs of hidden
+// layers and what flows back are rounded to that before they are multiplied, as under autocast. Parameters count as
+// weight, bias, slope of the first layer, and so on, absent ones left out. What the caller vouches for: contiguous
+// tensors of the right dtype and shape that live, all of them trained.
 class MlpStep {
  public:
-  MlpStep(std::vector<MlpStepLayer> layers, bool bfloat16, const std::string& activation, double negative_slope,
-          MlpStepLoss loss, const std::string& optimizer, std::vector<MlpStepState> states);
+  MlpStep(std::vector<MlpStepLayer> layers, const std::string& precision, const std::string& activation,
+          double negative_slope, MlpStepLoss loss, const std::string& optimizer, std::vector<MlpStepState> states);
   ~MlpStep();
 
   // x: [rows, in]; target: int64 [rows] for cross_entropy, otherwise float32 [rows, out]; p: one for each hidden layer;
   // clip_norm 0 means none. draws: one seed is drawn from torch's generator, which is put back when the step is
-  // not taken.
+  // not taken. scale: what flows back is multiplied by, and the gradients are divided by; norm is of the latter.
   MlpStepOutcome take(const at::Tensor& x, const at::Tensor& target, const std::vector<double>& p, bool draws,
-                      double clip_norm, const std::vector<MlpStepGroup>& groups);
+                      double clip_norm, double scale, const std::vector<MlpStepGroup>& groups);
 
  private:
   struct Work;

@@ -63,7 +63,10 @@ struct NormWork {                                     // of a layer with a norm
   float *dweight = nullptr, *dbias = nullptr;         // gradients
 };
 
-// The kernels for float32, or for bfloat16: in pairs where the processor multiplies them.
+// Of "fp32", "bf16" or "fp16".
+Dtype dtype_of_precision(const std::string& name);
+
+// The kernels for float32 and float16, or for bfloat16: in pairs where the processor multiplies them.
 MlpStepKernels mlp_step_kernels(Dtype dtype);
 
 // A batch norm's mean and inverse deviation from the moments of the panels; the running averages as they would be next.

@@ -62,33 +62,36 @@ class NativeStep:
         self, model: nn.Module, loss: object, optimizer: torch.optim.Optimizer, precision: str, accumulate: int
     ) -> None:
         self.model, self.loss, self.optimizer, self.precision = model, loss, optimizer, precision
-        self.never = _never(model, loss, optimizer, precision, accumulate)
+        self.never = _never(model, loss, optimizer, accumulate)
         self.why_not: str | None = self.never or "no step was taken yet"
         self._step: Any = None  # a _C.MlpStep: sees for itself whether all is still as it was proven to be
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_step": None}  # a copy proves anew
 
-    def again(self, inputs: Any, target: Any, clip_norm: float | None) -> Outcome | bool | None:
-        """Take the step where all is as it was at the last one; False: refused; None: not the same, so ``attempt``."""
+    def again(self, inputs: Any, target: Any, clip_norm: float | None, scale: float) -> Outcome | bool | None:
+        """Take the step where all is as it was at the last one; False: refused; None: not the same, so ``attempt``.
+
+        scale: the loss scale; the norm is of gradients without it.
+        """
         if self._step is None:
             return None
-        outcome: Outcome | bool | None = self._step.take(inputs, target, clip_norm or 0.0)
+        outcome: Outcome | bool | None = self._step.take(inputs, target, clip_norm or 0.0, scale)
         if outcome is not None:
             self.why_not = None if outcome else _REFUSED
         return outcome
 
     def attempt(
-        self, inputs: Any, target: Any, clip_norm: float | None, show: Callable[[Any, Any], None]
+        self, inputs: Any, target: Any, clip_norm: float | None, scale: float, show: Callable[[Any, Any], None]
     ) -> Outcome | bool | None:
         """Take the step, or change nothing; ``show(inputs, target)`` runs it for whoever watches."""
-        outcome = None if self.never else self._prove_and_take(inputs, target, clip_norm or 0.0, show)
+        outcome = None if self.never else self._prove_and_take(inputs, target, clip_norm or 0.0, scale, show)
         if outcome is not None:
             self.why_not = None if outcome else _REFUSED
         return outcome
 
     def _prove_and_take(
-        self, inputs: Any, target: Any, clip_norm: float, show: Callable[[Any, Any], None]
+        self, inputs: Any, target: Any, clip_norm: float, scale: float, show: Callable[[Any, Any], None]
     ) -> Outcome | bool | None:
         assert isinstance(self.model, MLP)
         self._step = None
@@ -106,7 +109,7 @@ class NativeStep:
             show(inputs, target)
             torch.set_rng_state(random)
         with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
-            outcome: Outcome | bool | None = self._step.take_proven(inputs, target, clip_norm)
+            outcome: Outcome | bool | None = self._step.take_proven(inputs, target, clip_norm, scale)
         if outcome is None:
             self.why_not = "a gradient hook, or settings that the native step does not vouch for"
         return outcome
@@ -129,7 +132,7 @@ class NativeStep:
             rates=watched.rates,
             hooks=_GLOBAL_HOOKS,
             drawing=None if self.model.blocks else vars(self.model),
-            bfloat16=self.precision == "bf16",
+            precision=self.precision,
             activation=network.activation,
             negative_slope=network.negative_slope,
             loss=spec.kind,
@@ -142,9 +145,7 @@ class NativeStep:
         )
 
 
-def _never(
-    model: nn.Module, loss: object, optimizer: torch.optim.Optimizer, precision: str, accumulate: int
-) -> str | None:
+def _never(model: nn.Module, loss: object, optimizer: torch.optim.Optimizer, accumulate: int) -> str | None:
     """Why no step of these parts can go the native way; None if some can."""
     if type(model) is not MLP:
         return "the model is not an nn.MLP"
@@ -152,8 +153,8 @@ def _never(
         return "the loss is not a known one"
     if type(optimizer) not in _NAMES:
         return f"the optimizer is {type(optimizer).__name__}"
-    if precision == "fp16" or accumulate != 1:
-        return "precision is fp16" if precision == "fp16" else "gradients are accumulated"
+    if accumulate != 1:
+        return "gradients are accumulated"
     if any(parameter.dtype != torch.float32 or parameter.device.type != "cpu" for parameter in model.parameters()):
         return "a parameter is not float32 on the CPU"
     return None

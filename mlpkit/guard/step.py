@@ -189,10 +189,10 @@ class TrainStep:
                 value, scale, self._window = queued
                 self.steps += 1
                 return StepResult(value, scale, self._window)
-        outcome = self._native.again(inputs, target, self.clip_norm)
+        outcome = self._native.again(inputs, target, self.clip_norm, self.scale)
         if outcome is None:
             self._check_call(target)
-            outcome = self._native.attempt(inputs, target, self.clip_norm, self._show)
+            outcome = self._native.attempt(inputs, target, self.clip_norm, self.scale, self._show)
         if isinstance(outcome, tuple):
             return self._taken_natively(*outcome)
         if not self._batches:
@@ -226,26 +226,26 @@ class TrainStep:
             assert self._loss is not None
             with self._autocast():
                 loss = self._loss(call(self.model, inputs), target)
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaled(loss, self.scale).backward()  # type: ignore[no-untyped-call]
         finally:
             self._clear_gradients()
 
     def _taken_natively(self, loss: float, norm: float) -> StepResult:
         self._window = Window(done=True, norm=norm)
-        step = self.steps
+        step, scale = self.steps, self.scale
         self.steps += 1
         if self.scheduler is not None:
             # What a scheduler looks at to warn those who step it before the optimizer.
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
-            self.scheduler.step()
+        self._after_update(step, scaled=True)
         if listened_to():
             saved = len(parameters_of(self.optimizer))
-            announce("step", step=step, skipped=False, culprit=None, scale=1.0, parameters=saved)
+            announce("step", step=step, skipped=False, culprit=None, scale=scale, parameters=saved)
         if self.history is not None:
-            self.history.add(step, loss, norm, 1.0)
+            self.history.add(step, loss, norm, scale)
         if self._aftermath.awake:
             self._act(None)
-        return StepResult(loss, 1.0, self._window)
+        return StepResult(loss, scale, self._window)
 
     def _decided_on_device(self, outcome: Tensor) -> StepResult:
         self._window = SmallWindow(outcome, self)

@@ -1,4 +1,4 @@
-// step_weights: bfloat16 that lies rounded in float32 (tests).
+// step_weights: bfloat16 and float16 that lie rounded in float32 (tests).
 #include "step_rounding.h"
 
 namespace {
@@ -7,7 +7,7 @@ using namespace native;
 
 void step_weights(Report& report) {
   Draw draw(53);
-  check_weights(kRounded, mlpkit::cpu::step_weights, draw, report);
+  for (const Format format : {kRounded, kHalves}) check_weights(format, mlpkit::cpu::step_weights, draw, report);
 }
 
 NATIVE_CHECK(step_weights, step_weights);

@@ -17,7 +17,7 @@ struct Bounded {  // a number and how far a kernel's may be from it
 
 struct Format {
   Dtype dtype;       // of what is multiplied
-  int64_t per_lane;  // numbers in 32 bits; one bfloat16 there is a float32 that was rounded
+  int64_t per_lane;  // numbers in 32 bits; one of 16 bits there is a float32 that was rounded
 
   bool in_pairs() const { return per_lane == 2; }
   int64_t lanes(int64_t numbers) const { return (numbers + per_lane - 1) / per_lane; }
@@ -58,6 +58,7 @@ struct Format {
 };
 
 constexpr Format kFloats{Dtype::float32, 1}, kRounded{Dtype::bfloat16, 1}, kPairs{Dtype::bfloat16, 2};
+constexpr Format kHalves{Dtype::float16, 1};
 
 // What a check of pairs begins with: a kernel for one instruction set alone is checked there.
 inline bool has_pairs(Report& report) {
