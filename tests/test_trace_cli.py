@@ -110,6 +110,43 @@ def test_the_exit_code_is_the_scripts_own(folder, ending, code):
     assert ("no data" in result.stderr) == ("no data" in ending)
 
 
+ENDLESS = """
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = 0
+    while step < 100_000:
+        x = torch.log(torch.zeros(2, 4)) if step == 2 else torch.ones(2, 4)
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+        step += 1
+        open("steps", "w").write(str(step))
+"""
+
+
+@pytest.mark.parametrize("level", ["observe", "watch"])
+def test_stop_at_first_ends_the_script_after_the_step_that_failed_and_writes_the_reports(folder, level):
+    write(folder, "train.py", ENDLESS)
+    run = subprocess.run(
+        [sys.executable, *MLPKIT, "trace", "--level", level, "--stop-at-first", "--out", "out", "train.py"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 3, run.stderr
+    assert "Traceback" not in run.stderr
+    assert int((folder / "steps").read_text()) in (2, 3, 4)
+    found = read(folder / "out")
+    assert (found["verdict"], found["step"]) == ("failure", 2)
+    assert "Infinity" not in (folder / "out" / "report.html").read_text()
+
+
+def test_stop_at_first_leaves_a_healthy_script_alone(folder):
+    write(folder, "train.py", FAILING.replace("step == 2", "step == 9"))
+    result = trace("--stop-at-first", "train.py")
+    assert (result.exit_code, result.stdout) == (0, "trained [] __main__\n")
+
+
 def test_fail_on_failure_exits_with_three(folder):
     write(folder, "train.py", FAILING)
     write(folder, "fine.py", HEALTHY)

@@ -140,6 +140,15 @@ def test_the_terminal_shows_chain_evidence_and_fix_and_reads_no_markup(failed):
     assert f"try: {failed.diagnosis.fix[0]['text'][:40]}" in text
 
 
+def test_a_notebook_shows_sentence_chain_evidence_and_fix_with_names_escaped(failed):
+    html = failed._repr_html_()
+    assert html == failed.diagnosis._repr_html_()
+    assert "<b>&fc" not in html
+    assert "&lt;b&gt;&amp;fc" in html
+    for words in ("failure</b>: ", "<th>stage</th>", "<td>exact (fp64)</td>", failed.diagnosis.fix[0]["text"][:20]):
+        assert words in html
+
+
 def test_a_healthy_page_says_so(tmp_path):
     with Tracer() as tracer:
         nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()

@@ -11,7 +11,7 @@ import click
 
 from mlpkit.errors import MissingExtraError
 from mlpkit.report._files import check_folder
-from mlpkit.trace._runner import run
+from mlpkit.trace._runner import FAILED, run
 
 
 @click.command(
@@ -39,13 +39,20 @@ from mlpkit.trace._runner import run
     show_default=True,
     help="Exit 3 on a failure.",
 )
+@click.option(
+    "--stop-at-first",
+    is_flag=True,
+    help="End SCRIPT, as Ctrl-C does, after the first step with a failure, and exit 3.",
+)
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def trace(module: bool, out: Path, level: str, fail_on: str, script: str, arguments: tuple[str, ...]) -> None:
+def trace(
+    module: bool, out: Path, level: str, fail_on: str, stop_at_first: bool, script: str, arguments: tuple[str, ...]
+) -> None:
     """Run SCRIPT, unmodified, and explain the first NaN or Inf that matters.
 
     Options come before SCRIPT; all that follows it is the script's own. The exit code is the script's own, or 3
-    with --fail-on failure when a failure was found.
+    with --fail-on failure when a failure was found, and where --stop-at-first ended it.
     """
     check_folder(out, "trace: --out")
     # One of several processes, as torchrun starts them: each has a folder of its own, and says who it is.
@@ -56,7 +63,7 @@ def trace(module: bool, out: Path, level: str, fail_on: str, script: str, argume
         out.mkdir(parents=True, exist_ok=True)
     # The program may change directory; what was asked for is meant from here.
     folder = Path.cwd() / out
-    outcome = run(script, arguments, module=module, level=level)
+    outcome = run(script, arguments, module=module, level=level, stop_at_first=stop_at_first)
     diagnosis = outcome.tracer.diagnosis
     click.echo(f"{who}: {diagnosis.sentence}", err=True)
     outcome.tracer.write_json(folder / "diagnosis.json")
@@ -67,7 +74,7 @@ def trace(module: bool, out: Path, level: str, fail_on: str, script: str, argume
     ]
     click.echo(f"{who}: {'; '.join(name for name in extras if name)}", err=True)
     failed = fail_on == "failure" and diagnosis.verdict == "failure"
-    sys.exit(3 if failed else outcome.code)
+    sys.exit(FAILED if failed else outcome.code)
 
 
 def _written(write: Callable[[], Path | None], path: Path) -> str:

@@ -47,6 +47,11 @@ class Diagnosis:
     def __str__(self) -> str:
         return self.sentence
 
+    def _repr_html_(self) -> str:
+        from mlpkit.trace._terminal import markup
+
+        return markup(self)
+
     def __rich__(self) -> Group:
         """Sentence, chain, evidence and fixes, for ``rich.print`` and notebooks with rich."""
         from mlpkit.trace._terminal import view

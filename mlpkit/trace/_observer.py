@@ -76,6 +76,7 @@ class Observer:
         self._bad: list[_Bad] = []
         self.on_root: Callable[[torch.nn.Module], None] = lambda root: None
         self.on_output: Callable[[torch.nn.Module, Any], None] = lambda root, output: None
+        self.on_step: Callable[[], None] = lambda: None
 
     @property
     def operations(self) -> int:
@@ -139,6 +140,7 @@ class Observer:
     def stepped(self) -> None:
         """A step ended."""
         self.sinks.step_ended(self.native.step)
+        self.on_step()
 
     def unknown_leaf(self, tensor: torch.Tensor) -> None:
         """Something that the program trains, of no module that is known yet."""

@@ -224,7 +224,8 @@ def _heatmap(history: History, failed: int | None) -> Figure:
     rows = []
     for name in names:
         values = dict(history.modules[name])
-        rows.append([math.log2(values[step]) if values.get(step, 0.0) > 0 else None for step in steps])
+        sizes = [values.get(step, 0.0) for step in steps]
+        rows.append([math.log2(size) if 0 < size < math.inf else None for size in sizes])
     trace = {
         "type": "heatmap",
         "x": steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import builtins
 import os
 import runpy
@@ -20,6 +21,7 @@ import torch
 from mlpkit.errors import DataError
 from mlpkit.trace._tracer import Tracer
 
+FAILED = 3  # the exit code that tells of a failure
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _RUNPY = ("<frozen runpy>", runpy.__file__)
 _WRAPPERS = (os.path.join("torch", "_compile.py"), os.path.join("torch", "_dynamo", "eval_frame.py"))
@@ -34,17 +36,21 @@ class Outcome:
     tracer: Tracer
 
 
-def run(target: str, arguments: Sequence[str], *, module: bool, level: str) -> Outcome:
+def run(target: str, arguments: Sequence[str], *, module: bool, level: str, stop_at_first: bool = False) -> Outcome:
     """Run ``target`` (a path, or a module's name) as ``__main__``; the exit code is the program's own.
+
+    stop_at_first: interrupt it, as Ctrl-C does, at the end of the first step with a failure; the code is 3 then.
 
     Raises DataError when there is no such script or module.
     """
     program = _module(target) if module else _script(target)
     tracer = Tracer(level=level)
+    if stop_at_first:
+        tracer.stop_at_first(_thread.interrupt_main)
     with _as_main(target, arguments, module=module):
         code = _guarded(program, tracer)
     sys.stdout.flush()
-    return Outcome(code, tracer)
+    return Outcome(FAILED if tracer.stopped else code, tracer)
 
 
 def _script(target: str) -> Callable[[], object]:
@@ -109,7 +115,8 @@ def _guarded(program: Callable[[], object], tracer: Tracer) -> int:
     except SystemExit as stop:
         return _exit_code(stop)
     except KeyboardInterrupt as error:
-        _print(error)
+        if not tracer.stopped:
+            _print(error)
         return 130
     except BaseException as error:  # noqa: BLE001 - whatever the program raises is shown as python shows it
         _print(error)

@@ -1,8 +1,9 @@
-"""A diagnosis for the terminal and for notebooks: sentence, chain, evidence and fixes, by rich."""
+"""A diagnosis for the terminal, by rich, and for notebooks, as HTML: sentence, chain, evidence and fixes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape as escaped
 from typing import TYPE_CHECKING, Any
 
 from mlpkit.trace._numbers import short
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from mlpkit.trace._diagnosis import Diagnosis
 
 _STYLES = {"failure": "bold red", "warning": "bold yellow", "benign": "dim", "healthy": "bold green"}
+_COLOURS = {"failure": "#b3261e", "warning": "#9a6700", "benign": "#6e7781", "healthy": "#1a7f37"}
+_CHAIN = ("step", "stage", "op", "module", "detail")
 _MARKS = {True: "verified", False: "tried: still fails", None: ""}
 
 
@@ -32,8 +35,8 @@ def view(diagnosis: Diagnosis) -> Group:
     for fix in diagnosis.fix:
         line = Text("try: ", style="bold")
         line.append(str(fix["text"]), style="default")
-        if _MARKS[fix["verified"]]:
-            line.append(f" ({_MARKS[fix['verified']]})", style="green" if fix["verified"] else "yellow")
+        if _said(fix):
+            line.append(f" {_said(fix)}", style="green" if fix["verified"] else "yellow")
         parts.append(line)
     return Group(*parts)
 
@@ -48,12 +51,42 @@ def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
     return table
 
 
+def markup(diagnosis: Diagnosis) -> str:
+    """What a notebook shows of a diagnosis; every name is escaped."""
+    colour, sentence = _COLOURS[diagnosis.verdict], escaped(diagnosis.sentence)
+    parts = [f'<p><b style="color:{colour}">{diagnosis.verdict}</b>: {sentence}</p>']
+    if diagnosis.chain:
+        parts.append(_html_table(_CHAIN, [tuple(str(link[name]) for name in _CHAIN) for link in diagnosis.chain]))
+    if diagnosis.evidence.get("operands") or diagnosis.evidence.get("exact") is not None:
+        parts.append(_html_table(("evidence", "value"), _evidence_rows(diagnosis)))
+    if diagnosis.fix:
+        tries = [" ".join(filter(None, (str(fix["text"]), _said(fix)))) for fix in diagnosis.fix]
+        parts.append("<p><b>try</b></p><ul>" + "".join(f"<li>{escaped(one)}</li>" for one in tries) + "</ul>")
+    return "\n".join(parts)
+
+
+def _html_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    def line(tag: str, cells: tuple[str, ...]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line("th", columns) + "".join(line("td", row) for row in rows) + "</table>"
+
+
+def _said(fix: dict[str, Any]) -> str:
+    """What came of trying a proposal."""
+    mark = _MARKS[fix["verified"]]
+    return f"({mark})" if mark else ""
+
+
 def _chain(diagnosis: Diagnosis) -> Table:
-    columns = ("step", "stage", "op", "module", "detail")
-    return _table(columns, [tuple(str(link[name]) for name in columns) for link in diagnosis.chain])
+    return _table(_CHAIN, [tuple(str(link[name]) for name in _CHAIN) for link in diagnosis.chain])
 
 
 def _evidence(diagnosis: Diagnosis) -> Table:
+    return _table(("evidence", "value"), _evidence_rows(diagnosis))
+
+
+def _evidence_rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     evidence = diagnosis.evidence
     rows = [(f"operand {name}", short(value)) for name, value in evidence["operands"].items()]
     rows.append(("result", str(evidence["value"])))
@@ -61,4 +94,4 @@ def _evidence(diagnosis: Diagnosis) -> Table:
         rows.append(("exact (fp64)", short(evidence["exact"])))
     if evidence["limit"] is not None:
         rows.append((f"largest {diagnosis.dtype}", short(evidence["limit"])))
-    return _table(("evidence", "value"), rows)
+    return rows

@@ -63,6 +63,22 @@ class Tracer:
         if model is not None:
             self._know_module(model)
         self._watching = Watching(model, self._observe) if level == "watch" else None
+        self.stopped = False  # whether ``stop_at_first`` ended the program
+
+    def stop_at_first(self, stop: Callable[[], None]) -> None:
+        """Call ``stop`` once, at the end of the first step with a failure; for a runner, before it enters."""
+        me = proxy(self)
+
+        def look() -> None:
+            if not me.stopped and me._found_any and me.diagnosis.verdict == "failure":
+                me.stopped = True
+                stop()
+
+        (self._observer if self._watching is None else self._watching).on_step = look
+
+    @property
+    def _found_any(self) -> bool:
+        return bool(self._observer.sinks.incidents if self._watching is None else self._watching.diagnoses())
 
     def __enter__(self) -> Tracer:
         if self._entered:
@@ -136,6 +152,9 @@ class Tracer:
     def operations(self) -> int:
         """Operations seen so far."""
         return self._observer.operations
+
+    def _repr_html_(self) -> str:
+        return self.diagnosis._repr_html_()
 
     @property
     def diagnosis(self) -> Diagnosis:

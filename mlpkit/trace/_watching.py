@@ -38,6 +38,7 @@ class Watching:
         self._answered = False
         self._ended = False
         self._closing = False
+        self.on_step: Callable[[], None] = lambda: None
         self._removers: list[Callable[[], None]] = []
         self._known: dict[int, tuple[list[str], list[torch.Tensor], list[str], list[torch.Tensor]]] = {}
         self._roots: dict[int, ref[torch.nn.Module]] = {}
@@ -79,6 +80,7 @@ class Watching:
         self._held, self._ended, self._answered = [], False, False
         if self.observing is not None:
             self.observing.next_step()
+        self.on_step()
 
     @property
     def steps(self) -> int:
