@@ -126,6 +126,39 @@ ENDLESS = """
 """
 
 
+WORKERS = """
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    class Rows(Dataset):
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, i):
+            row = torch.ones(4)
+            return torch.log(row * 0) if i == 20 else row
+
+    if __name__ == "__main__":
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x in DataLoader(Rows(), batch_size=8, num_workers=2):
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+        print("trained")
+"""
+
+
+def test_a_bad_row_from_a_worker_process_is_named_at_the_step_that_met_it(folder):
+    write(folder, "train.py", WORKERS)
+    run = subprocess.run(
+        [sys.executable, *MLPKIT, "trace", "train.py"], capture_output=True, text=True, timeout=120
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (0, "trained\n"), run.stderr
+    found = read(folder)
+    assert (found["verdict"], found["step"], found["cause"]) == ("failure", 2, "external")
+
+
 @pytest.mark.parametrize("level", ["observe", "watch"])
 def test_stop_at_first_ends_the_script_after_the_step_that_failed_and_writes_the_reports(folder, level):
     write(folder, "train.py", ENDLESS)
@@ -271,3 +304,18 @@ def test_of_two_ranks_each_says_who_it_is_and_the_guilty_one_names_the_operation
     assert "mlpkit, rank 0: " in said[0]
     assert innocent["phase"] != "forward"
     assert innocent["op"] != "log"
+
+
+def test_under_torchrun_the_guilty_rank_names_its_operation(folder):
+    write(folder, "ranks.py", RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    run = subprocess.run(
+        [*launcher, sys.executable, *MLPKIT, "trace", "--out", "out", "ranks.py"],
+        capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    guilty, other = (read(folder / "out" / f"rank{rank}") for rank in (1, 0))
+    assert (guilty["verdict"], guilty["step"], guilty["op"]) == ("failure", 1, "log")
+    assert (other["verdict"], other["step"]) == ("failure", 1)
+    assert other["op"] != "log"
+    assert "mlpkit, rank 1: " in run.stderr
