@@ -139,7 +139,7 @@ class Window:
 
 
 class StepResult:
-    """What one call of a ``TrainStep`` did. ``loss`` and ``grad_norm`` stay on the device until they are read.
+    """What one call of a ``TrainStep`` did. ``loss``, ``grad_norm`` and ``scale`` stay on the device until read.
 
     Made by ``TrainStep``; its fields are plain floats (of scalar tensors), bools and texts, and reading them raises
     nothing.
