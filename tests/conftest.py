@@ -47,6 +47,17 @@ def cpu_capability(request):
     _C.force_cpu_capability(before)
 
 
+@pytest.fixture
+def all_cuda_kernels():
+    """Takes the CUDA kernels that no device has proven, too."""
+    from mlpkit._ext import _C
+
+    before = _C.cuda_kernels()
+    _C.force_cuda_kernels("all")
+    yield
+    _C.force_cuda_kernels(before)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     """Runs the test on the CPU and, where there is one, on a CUDA device."""

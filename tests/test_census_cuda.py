@@ -6,17 +6,8 @@ import pytest
 import torch
 
 import mlpkit
-from mlpkit._ext import _C
 
-pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(autouse=True)
-def _all_kernels():
-    before = _C.cuda_kernels()
-    _C.force_cuda_kernels("all")
-    yield
-    _C.force_cuda_kernels(before)
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("all_cuda_kernels")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -8,10 +8,9 @@ from closeness import assert_within_ulps
 from torch import nn
 
 from mlpkit import guard
-from mlpkit._ext import _C
 from mlpkit.ops.guarded_update import GroupSettings, Reason, ScaleRule, guarded_update
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("all_cuda_kernels")]
 SETTINGS = [
     ("sgd", GroupSettings(momentum=0.9, nesterov=True, weight_decay=0.1)),
     ("adam", GroupSettings(weight_decay=0.1, amsgrad=True)),
@@ -21,14 +20,6 @@ SETTINGS = [
     ("lamb", GroupSettings(weight_decay=0.1)),
 ]
 SIZES = (700, 100_001, 1, 0, 33, 5_000_000)
-
-
-@pytest.fixture(autouse=True)
-def _all_kernels():
-    before = _C.cuda_kernels()
-    _C.force_cuda_kernels("all")
-    yield
-    _C.force_cuda_kernels(before)
 
 
 def tensors(kind, settings, dtype, gradient, device):

@@ -11,15 +11,7 @@ from mlpkit.reference import ACTIVATIONS, dropout_mask
 DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [(1, 16, 1), (7, 48, 33), (151, 128, 129), (300, 144, 520), (1024, 256, 264), (4097, 128, 1000)]
 
-pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(autouse=True)
-def _all_kernels():
-    before = _C.cuda_kernels()
-    _C.force_cuda_kernels("all")
-    yield
-    _C.force_cuda_kernels(before)
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("all_cuda_kernels")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,20 +8,11 @@ import torch
 from population_cases import assert_same_bits, classes_table, population, state
 from population_steps import CASES, assert_bf16_errs_no_more_than_autocast, assert_five_steps_err_no_more_than_torchs
 
-from mlpkit._ext import _C
 from mlpkit.population import Member
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("all_cuda_kernels")]
 
 DEVICE = {"device": "cuda"}
-
-
-@pytest.fixture(autouse=True)
-def _all_kernels():
-    before = _C.cuda_kernels()
-    _C.force_cuda_kernels("all")
-    yield
-    _C.force_cuda_kernels(before)
 
 
 def test_a_member_is_the_same_alone_among_many_and_in_any_order():

@@ -121,17 +121,11 @@ def tune(
         _run_strategy(strategy, search)
         result = from_trials(search.trials, [widths(params) for params in search.untried])
         committee = choose(search, result) if averaging else None
-        expected: Estimate | None = None
-        say.note(f"refitting {result.winner.words} on all {(whole.problem if whole else problem).rows} rows")
-        if whole is None:
-            model, epochs = fit(search, result.winner, committee)
-        else:
-            model, epochs, expected = large.fit(search, result.winner, whole)
+        model, epochs, expected = _fitted(search, result, committee, whole)
     settings = {
         "strategy": strategy, "budget": str(allowed), "cv": cv, "seed": seed, "epochs_of_refit": epochs,
         "space": wanted.to_plain(),
     }  # fmt: skip
-    expected = expected or estimate(search, result, committee)
     run = _run(search, result, committee, model, settings, command, expected)
     if whole is not None:
         run.data |= {"rows": whole.problem.rows, "searched": problem.rows, "held_out": len(whole.held)}
@@ -190,6 +184,18 @@ def _run_strategy(strategy: str, search: Search) -> None:
 
     _ = search.linear
     (auto if strategy == "auto" else ALONE[strategy])(search)
+
+
+def _fitted(
+    search: Search, result: Climb, committee: Committee | None, whole: large.Whole | None
+) -> tuple[TunedModel, int, Estimate | None]:
+    """The winner fitted on all rows, for how many epochs, and what to expect of it on new ones."""
+    rows = (search.problem if whole is None else whole.problem).rows
+    search.say.note(f"refitting {result.winner.words} on all {rows} rows")
+    if whole is not None:
+        return large.fit(search, result.winner, whole)
+    model, epochs = fit(search, result.winner, committee)
+    return model, epochs, estimate(search, result, committee)
 
 
 def _journal(
